@@ -1,0 +1,1 @@
+"""Real photographs with long captions, for `fastgoal demo`."""
