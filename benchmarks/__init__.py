@@ -1,0 +1,1 @@
+"""Benchmarks and compile reports. Every command here runs without a GPU, if smaller."""
