@@ -1,0 +1,180 @@
+"""MaxSim as a custom operator: one schema, one autograd rule, two engines.
+
+    fastgoal::maxsim           tokens -> scores of one or both directions, and their winners
+    fastgoal::maxsim_backward  dL/dscores and winners -> dL/dtokens
+
+The engines, `maxsim_triton` and `maxsim_torch`, share their signatures and the layout of the
+winners: (images, text rows) for text_to_image, (texts, image rows) for image_to_text, so that
+ragged batches hold no padding. The definition is `reference.maxsim_scores`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..reference import score_dtype
+from .token_rows import TokenRows, token_rows, winner_dtype
+
+
+def _engine(backend: str) -> ModuleType:
+    if backend == "triton":
+        from . import maxsim_triton  # Triton exists on Linux only, and imports slowly
+
+        return maxsim_triton
+    from . import maxsim_torch
+
+    return maxsim_torch
+
+
+def _rows(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    image_offsets: Tensor | None,
+    text_offsets: Tensor | None,
+    max_image_tokens: int,
+    max_text_tokens: int,
+    mean: bool,
+) -> tuple[TokenRows, TokenRows]:
+    images = token_rows(image_tokens, image_mask, image_offsets, max_image_tokens, mean)
+    return images, token_rows(text_tokens, text_mask, text_offsets, max_text_tokens, mean)
+
+
+def _items(tokens: Tensor, offsets: Tensor | None) -> int:
+    return tokens.shape[0] if offsets is None else offsets.shape[0] - 1
+
+
+def _total(tokens: Tensor) -> int:
+    return tokens.shape[0] if tokens.ndim == 2 else tokens.shape[0] * tokens.shape[1]
+
+
+@torch.library.custom_op("fastgoal::maxsim", mutates_args=())
+def maxsim(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    image_offsets: Tensor | None,
+    text_offsets: Tensor | None,
+    max_image_tokens: int,
+    max_text_tokens: int,
+    direction: str,
+    mean: bool,
+    save_winners: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(t2i scores, i2t scores, t2i winners, i2t winners); what is not wanted has no elements.
+
+    `max_*_tokens` bound the lengths; of padded tokens they are ignored.
+    """
+    images, texts = _rows(
+        image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
+        max_image_tokens, max_text_tokens, mean,
+    )  # fmt: skip
+    return _engine(backend).forward(images, texts, direction, save_winners)
+
+
+@maxsim.register_fake
+def _(
+    image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
+    max_image_tokens, max_text_tokens, direction, mean, save_winners, backend,
+):  # fmt: skip
+    num_images, num_texts = _items(image_tokens, image_offsets), _items(text_tokens, text_offsets)
+    longest_image = max_image_tokens if image_tokens.ndim == 2 else image_tokens.shape[1]
+    longest_text = max_text_tokens if text_tokens.ndim == 2 else text_tokens.shape[1]
+    t2i, i2t = direction != "image_to_text", direction != "text_to_image"
+    scores = {"dtype": score_dtype(image_tokens.dtype)}
+    new = image_tokens.new_empty
+    return (
+        new((num_images, num_texts) if t2i else 0, **scores),
+        new((num_images, num_texts) if i2t else 0, **scores),
+        new(
+            (num_images, _total(text_tokens)) if t2i and save_winners else 0,
+            dtype=winner_dtype(longest_image),
+        ),
+        new(
+            (num_texts, _total(image_tokens)) if i2t and save_winners else 0,
+            dtype=winner_dtype(longest_text),
+        ),
+    )
+
+
+@torch.library.custom_op("fastgoal::maxsim_backward", mutates_args=())
+def maxsim_backward(
+    t2i_grad: Tensor | None,
+    i2t_grad: Tensor | None,
+    t2i_winners: Tensor,
+    i2t_winners: Tensor,
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    image_offsets: Tensor | None,
+    text_offsets: Tensor | None,
+    max_image_tokens: int,
+    max_text_tokens: int,
+    mean: bool,
+    need_image: bool,
+    need_text: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(dL/d image_tokens, dL/d text_tokens); the one that is not needed has no elements."""
+    images, texts = _rows(
+        image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
+        max_image_tokens, max_text_tokens, mean,
+    )  # fmt: skip
+    t2i = None if t2i_grad is None else (t2i_winners, t2i_grad.contiguous())
+    i2t = None if i2t_grad is None else (i2t_winners, i2t_grad.contiguous())
+    image_grad, text_grad = _engine(backend).backward(
+        images, texts, t2i, i2t, need_image, need_text
+    )
+    none = image_tokens.new_empty(0)
+    return (
+        none if image_grad is None else image_grad.view(image_tokens.shape),
+        none.clone() if text_grad is None else text_grad.view(text_tokens.shape),
+    )
+
+
+@maxsim_backward.register_fake
+def _(
+    t2i_grad, i2t_grad, t2i_winners, i2t_winners, image_tokens, text_tokens,
+    image_mask, text_mask, image_offsets, text_offsets, max_image_tokens, max_text_tokens,
+    mean, need_image, need_text, backend,
+):  # fmt: skip
+    return (
+        image_tokens.new_empty(image_tokens.shape if need_image else 0),
+        text_tokens.new_empty(text_tokens.shape if need_text else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, max_image, max_text, ctx.direction, ctx.mean, ctx.save_winners, ctx.backend = inputs
+    ctx.max_tokens = max_image, max_text
+    ctx.save_for_backward(*tensors, output[2], output[3])
+
+
+def _backward(ctx, t2i_grad, i2t_grad, _t2i_winners_grad, _i2t_winners_grad):
+    *tensors, t2i_winners, i2t_winners = ctx.saved_tensors
+    if not ctx.save_winners:  # recompute: pay a second forward instead of keeping the winners
+        _, _, t2i_winners, i2t_winners = maxsim(
+            *tensors, *ctx.max_tokens, ctx.direction, ctx.mean, True, ctx.backend
+        )
+    need_image, need_text = ctx.needs_input_grad[:2]
+    image_grad, text_grad = maxsim_backward(
+        None if ctx.direction == "image_to_text" else t2i_grad,
+        None if ctx.direction == "text_to_image" else i2t_grad,
+        t2i_winners, i2t_winners, *tensors, *ctx.max_tokens, ctx.mean,
+        need_image, need_text, ctx.backend,
+    )  # fmt: skip
+    return (
+        image_grad if need_image else None,
+        text_grad if need_text else None,
+        *(None,) * 10,
+    )
+
+
+maxsim.register_autograd(_backward, setup_context=_setup_context)

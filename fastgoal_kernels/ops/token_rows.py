@@ -1,0 +1,96 @@
+"""Padded, masked and ragged token batches, seen as one thing: rows that belong to items.
+
+MaxSim treats every row alike, so both backends work on flat rows (total, D) and small tables that
+say which item a row belongs to and what it weighs in its item's mean. No table needs a look at the
+values, so building them never makes the host wait for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import score_dtype
+
+
+class TokenRows(NamedTuple):
+    """One modality's tokens. `items` is the number of images or texts."""
+
+    rows: Tensor  # (total, D), contiguous
+    starts: Tensor  # (items,) int64: an item's first row
+    lengths: Tensor  # (items,) int32: up to its last valid row; 0 = empty
+    row_item: Tensor  # (total,) int32: the item a row belongs to
+    row_weight: Tensor  # (total,) float32 or float64: its share in the mean; 0 = padding
+    longest: int  # no item is longer
+
+    @property
+    def items(self) -> int:
+        return self.starts.shape[0]
+
+    @property
+    def total(self) -> int:
+        return self.rows.shape[0]
+
+    def blocks(self, size: int) -> tuple[Tensor, Tensor]:
+        """Every item cut into blocks of `size` rows: (item, first row within the item) of each.
+
+        There are at most total // size + items blocks, a number known without looking; the
+        blocks past the last real one have item -1.
+        """
+        per_item = (self.lengths + (size - 1)) // size
+        ends = per_item.cumsum(0)
+        block = torch.arange(self.total // size + self.items, device=self.rows.device)
+        item = torch.searchsorted(ends, block, right=True)
+        owner = item.clamp(max=self.items - 1)
+        first = (block - (ends - per_item)[owner]) * size
+        return torch.where(item < self.items, item, -1).int(), first.int()
+
+
+def token_rows(
+    tokens: Tensor, mask: Tensor | None, offsets: Tensor | None, longest: int, mean: bool
+) -> TokenRows:
+    """Rows of padded (items, length, D) tokens, with or without a mask, or of ragged (total, D).
+
+    `longest` bounds the length of a ragged item. Offsets and lengths are clamped, so that wrong
+    ones give wrong scores but never a read out of bounds.
+    """
+    device = tokens.device
+    if offsets is not None:
+        total = tokens.shape[0]
+        bounds = offsets.long().clamp(0, total)
+        starts, lengths = bounds[:-1], (bounds[1:] - bounds[:-1]).clamp(0, longest)
+        row = torch.arange(total, device=device)
+        row_item = torch.searchsorted(bounds[1:].contiguous(), row, right=True)
+        valid = row_item < len(starts)
+        row_item = row_item.clamp(max=max(len(starts) - 1, 0))
+        if len(starts):
+            place = row - starts[row_item]
+            valid = valid & (place >= 0) & (place < lengths[row_item])
+        counts, rows = lengths, tokens
+    else:
+        items, length, dim = tokens.shape
+        longest = length
+        starts = torch.arange(items, device=device) * length
+        row_item = torch.arange(items, device=device)[:, None].expand(items, length).reshape(-1)
+        if mask is None:
+            valid = torch.ones(items * length, dtype=torch.bool, device=device)
+            counts = lengths = torch.full((items,), length, device=device)
+        else:
+            valid = mask.reshape(-1)
+            counts = mask.sum(dim=1)
+            position = torch.arange(1, length + 1, device=device)
+            lengths = (mask * position).amax(dim=1) if length else counts
+        rows = tokens.reshape(items * length, dim)
+    row_weight = valid.to(score_dtype(tokens.dtype))
+    if mean and len(counts):
+        row_weight = row_weight / counts.clamp_min(1)[row_item]
+    return TokenRows(rows.contiguous(), starts, lengths.int(), row_item.int(), row_weight, longest)
+
+
+def winner_dtype(longest: int) -> torch.dtype:
+    """The smallest integer that counts to `longest`: 1, 2 or 4 bytes a winner."""
+    if longest <= 256:
+        return torch.uint8
+    return torch.uint16 if longest <= 65536 else torch.int32
