@@ -1,0 +1,464 @@
+"""GLIT: images, long captions and their matched local pairs, one JSON object a line.
+
+    {"id": "cat", "image": "images/cat.jpg", "width": 451, "height": 300,
+     "caption": "A tabby cat … . Its eyes are green.", "sentences": ["A tabby cat … .", "Its …"],
+     "pairs": [{"sentence": 1, "box": [112.5, 75, 337.5, 225], "region": "centre", "score": 0.31}]}
+
+`image` is relative to the data folder and may not leave it. Widths, heights and boxes mean the
+upright picture, after the camera's own rotation. `sentences` and `pairs` may be missing; `pairs`
+come best first and name a sentence by its place. Other keys are kept as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .captions import pack_row, sentence_tokens, split_sentences
+from .fast_goal import FastGoalBatch
+
+Box = tuple[float, float, float, float]
+"""x1, y1, x2, y2 in pixels of the upright picture"""
+
+_EXIF_ORIENTATION = 0x0112
+_OWN_KEYS = ("id", "image", "width", "height", "caption", "sentences", "pairs")
+
+
+class GlitError(ValueError):
+    """A record, picture or data set that can not be used; the message names it and says why."""
+
+
+class LocalPair(NamedTuple):
+    """A region of the picture and the sentence that tells of it."""
+
+    sentence: int
+    """its place in the record's `sentences`"""
+    box: Box
+    region: str
+    """what the region is called: "upper left", "centre", …"""
+    score: float
+    """cosine of the two embeddings"""
+
+
+@dataclass(frozen=True)
+class GlitRecord:
+    """One picture with its caption. `pairs` come best first; `extra` holds a file's other keys."""
+
+    id: str
+    image: Path
+    width: int
+    height: int
+    caption: str
+    sentences: tuple[str, ...]
+    pairs: tuple[LocalPair, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SkipReport:
+    """What was left out of a data set and why: counts, and the first few names, per reason."""
+
+    read: int = 0
+    """records that are kept"""
+    counts: dict[str, int] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    NAMES_KEPT = 3
+
+    @property
+    def skipped(self) -> int:
+        return sum(self.counts.values())
+
+    def add(self, reason: str, name: str) -> None:
+        """Count one more, and keep its name if it is among the first of its reason."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        kept = self.names.setdefault(reason, [])
+        if len(kept) < self.NAMES_KEPT:
+            kept.append(name)
+
+    def __str__(self) -> str:
+        if not self.counts:
+            return f"{self.read} records read, none skipped"
+        lines = [f"{self.read} records read, {self.skipped} skipped:"]
+        for reason, count in self.counts.items():
+            more = ", …" if count > len(self.names[reason]) else ""
+            lines.append(f"  {count} × {reason}: {', '.join(self.names[reason])}{more}")
+        return "\n".join(lines)
+
+
+class _Skip(Exception):
+    """A record that is left out: why, and what to call it."""
+
+    def __init__(self, reason: str, name: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.reason, self.name = reason, name
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def load_image(path: Path) -> Image.Image:
+    """A picture as it is meant to be seen: upright, RGB, decoded to its end.
+
+    Raises GlitError for a file that is missing, empty, not decodable, or larger than
+    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+    """
+    try:
+        return _open_image(path, decode=True)[0]
+    except _Skip as skip:
+        raise GlitError(str(skip)) from skip
+
+
+def _open_image(path: Path, decode: bool) -> tuple[Image.Image, int, int]:
+    """The picture and its upright width and height, from the header alone unless `decode`."""
+    name = str(path)
+    # Only regular files: opening a pipe would wait for ever.
+    if not _is_file(path):
+        raise _Skip("image is missing", name)
+    if path.stat().st_size == 0:
+        raise _Skip("image is empty (zero bytes)", name)
+    try:
+        with warnings.catch_warnings():
+            # Our own limit below speaks up at the size at which Pillow only warns.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise _Skip(f"image has more than {limit:,} pixels", name)
+            width, height = image.size
+            if image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8):  # a quarter turn
+                width, height = height, width
+            if decode:
+                image.load()
+                image = _to_rgb(ImageOps.exif_transpose(image))
+            return image, width, height
+    except (_Skip, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise _Skip(f"image has more than {Image.MAX_IMAGE_PIXELS:,} pixels", name) from None
+    except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
+        raise _Skip("image is corrupt", f"{name} ({error})") from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or with a zero byte
+        return False
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow would clip 16-bit greys at 255, which turns nearly all of them white.
+        grey = np.asarray(image).astype(np.int64)
+        if image.mode != "I" or grey.max(initial=0) > 255:
+            grey = grey >> 8
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def crop_region(image: Image.Image, box: Box) -> Image.Image:
+    """The pixels a box touches, at least one of them, within the picture."""
+    x1, x2 = _pixel_range(box[0], box[2], image.width)
+    y1, y2 = _pixel_range(box[1], box[3], image.height)
+    return image.crop((x1, y1, x2, y2))
+
+
+def _pixel_range(low: float, high: float, size: int) -> tuple[int, int]:
+    first = min(max(math.floor(low), 0), size - 1)
+    return first, min(max(math.ceil(high), first + 1), size)
+
+
+def image_tensor(
+    image: Image.Image,
+    image_size: int,
+    mean: Sequence[float] = OPENAI_DATASET_MEAN,
+    std: Sequence[float] = OPENAI_DATASET_STD,
+) -> Tensor:
+    """A picture squashed to S × S (bicubic, antialiased) and normalised: (3, S, S) float32.
+
+    Squashed, not cropped, so that boxes scale with the picture and nothing of it is lost.
+    """
+    squashed = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(squashed, dtype=np.float32) / 255)
+    pixels = (pixels - torch.tensor(mean)) / torch.tensor(std)
+    return pixels.permute(2, 0, 1).contiguous()
+
+
+# -- reading and writing --------------------------------------------------------------------------
+
+
+def read_glit(
+    jsonl: str | Path,
+    root: str | Path | None = None,
+    strict: bool = False,
+    verify_images: bool = True,
+) -> tuple[list[GlitRecord], SkipReport]:
+    """Read a GLIT file: its usable records, in order, and what was skipped.
+
+    `root` is the data folder that images are relative to and may not leave (default: the file's
+    own folder). A record is skipped, or with `strict` refused by a GlitError, for: a line that is
+    not UTF-8 or not a JSON object (named by its number), an empty caption, sentences that are not
+    the caption, a pair that names no sentence or no part of the picture, an id seen before, an
+    image that leaves the data folder (absolute, `..`, a link), is missing, empty or corrupt, or
+    has too many pixels. `verify_images` decodes every picture, which finds files cut short; without it only
+    their headers are read.
+    """
+    jsonl = Path(jsonl)
+    folder = (jsonl.parent if root is None else Path(root)).resolve()
+    report = SkipReport()
+    records: list[GlitRecord] = []
+    seen: set[str] = set()
+
+    def parse(numbered: tuple[int, bytes]) -> GlitRecord | _Skip:
+        try:
+            return _parse_line(*numbered, folder, verify_images)
+        except _Skip as skip:
+            return skip
+
+    # Decoding is most of the work and leaves the interpreter's lock; order is kept.
+    with jsonl.open("rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for found in pool.map(parse, _lines(file)):
+            if isinstance(found, GlitRecord) and found.id in seen:
+                found = _Skip("id appears twice", found.id)
+            if isinstance(found, _Skip):
+                if strict:
+                    raise GlitError(f"{jsonl}: {found}") from found
+                report.add(found.reason, found.name)
+            else:
+                seen.add(found.id)
+                records.append(found)
+    report.read = len(records)
+    return records, report
+
+
+def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(file, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark some editors put before UTF-8
+        if line.strip():
+            yield number, line
+
+
+def _parse_line(number: int, line: bytes, folder: Path, verify_images: bool) -> GlitRecord:
+    name = f"line {number}"
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise _Skip("line is not UTF-8", name) from None
+    except (ValueError, RecursionError):
+        raise _Skip("line is not JSON", name) from None
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+        raise _Skip("line is not an object with an image", name)
+    name = f"{name} ({row['image']})"
+    caption = row.get("caption")
+    if not isinstance(caption, str) or not any(c.isalnum() for c in caption):
+        raise _Skip("caption is empty", name)
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise _Skip("caption is not valid Unicode", name) from None
+    sentences = row.get("sentences") or split_sentences(caption)
+    if not _make_up(sentences, caption):
+        raise _Skip("sentences do not make up the caption", name)
+    path = _inside(folder, row["image"], name)
+    try:
+        _, width, height = _open_image(path, decode=verify_images)
+    except _Skip as skip:
+        raise _Skip(skip.reason, name) from skip
+    pairs = row.get("pairs") or []
+    if pairs and (row.get("width", width), row.get("height", height)) != (width, height):
+        raise _Skip("boxes are for a picture of another size", name)
+    return GlitRecord(
+        id=str(row.get("id", row["image"])),
+        image=path,
+        width=width,
+        height=height,
+        caption=caption,
+        sentences=tuple(sentences),
+        pairs=_parse_pairs(pairs, len(sentences), width, height, name),
+        extra={key: value for key, value in row.items() if key not in _OWN_KEYS},
+    )
+
+
+def _make_up(sentences: object, caption: str) -> bool:
+    """Whether the sentences are the caption, cut at whitespace and nothing left out."""
+    if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
+        return False
+    return all(s.strip() for s in sentences) and " ".join(sentences).split() == caption.split()
+
+
+def _inside(folder: Path, image: str, name: str) -> Path:
+    # An absolute path of another system is no less a way out once the data set is carried there.
+    absolute = PurePosixPath(image).is_absolute() or PureWindowsPath(image).anchor
+    try:
+        path = (folder / image).resolve()
+    except (OSError, ValueError, RuntimeError):  # a zero byte, a name too long, links in a circle
+        raise _Skip("image is missing", name) from None
+    if absolute or not path.is_relative_to(folder):
+        raise _Skip("image leaves the data folder", name)
+    return path
+
+
+def _parse_pairs(
+    rows: object, sentences: int, width: int, height: int, name: str
+) -> tuple[LocalPair, ...]:
+    pairs = []
+    try:
+        for row in rows:  # type: ignore[attr-defined]
+            box = tuple(float(x) for x in row["box"])
+            x1, y1, x2, y2 = box
+            pair = LocalPair(row["sentence"], (x1, y1, x2, y2), row["region"], float(row["score"]))
+            inside = 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+            if not inside or pair.sentence not in range(sentences):
+                raise ValueError
+            pairs.append(pair)
+    except (TypeError, ValueError, KeyError):
+        raise _Skip("local pair names no sentence or no part of the picture", name) from None
+    return tuple(pairs)
+
+
+def write_glit(records: Iterable[GlitRecord], path: str | Path) -> Path:
+    """Write a GLIT file whose images are relative to its own folder, whole or not at all.
+
+    Raises GlitError for a record whose image lies outside that folder.
+    """
+    path = Path(path)
+    folder = path.parent.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A random name, so that two writers do not share it; in the same folder, so that the move is
+    # one step.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for record in records:
+                file.write(json.dumps(_to_row(record, folder), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _to_row(record: GlitRecord, folder: Path) -> dict[str, Any]:
+    image = record.image.resolve()
+    if not image.is_relative_to(folder):
+        raise GlitError(
+            f"{record.id}: image {record.image} lies outside {folder}. "
+            "Fix: write the file into the data folder"
+        )
+    return {
+        "id": record.id,
+        "image": image.relative_to(folder).as_posix(),
+        "width": record.width,
+        "height": record.height,
+        "caption": record.caption,
+        "sentences": list(record.sentences),
+        "pairs": [pair._asdict() for pair in record.pairs],
+    } | record.extra
+
+
+# -- training data --------------------------------------------------------------------------------
+
+
+class FastGoalDataset(Dataset[FastGoalBatch]):
+    """Records with local pairs as what a training step needs, one picture at a time.
+
+    Captions are tokenised once, here. A record's local pair is its best one whose sentence has
+    words within the context (its best one where none has). Pictures and regions are squashed to
+    S × S (`image_tensor`), without any augmentation, so that an item is always the same.
+    `dataset[i]` is a FastGoalBatch without the batch axis; give `collate` to a DataLoader.
+
+    `truncated` counts the captions that run past the context; a warning says so.
+    Raises GlitError for no records, or for records without pairs.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[GlitRecord],
+        tokenizer: SimpleTokenizer,
+        image_size: int,
+        context_length: int = 248,
+        mean: Sequence[float] = OPENAI_DATASET_MEAN,
+        std: Sequence[float] = OPENAI_DATASET_STD,
+    ) -> None:
+        if not records:
+            raise GlitError("there are no records to train on")
+        unmatched = [record.id for record in records if not record.pairs]
+        if unmatched:
+            raise GlitError(
+                f"{len(unmatched)} of {len(records)} records have no local pair "
+                f"({', '.join(unmatched[:3])}{', …' if len(unmatched) > 3 else ''}). "
+                "Fix: run fastgoal_models.match_pairs on them first"
+            )
+        self.records = list(records)
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.context_length = context_length
+        self.mean, self.std = mean, std
+        room = context_length - 2
+        tokens: list[int] = []
+        starts, spans, pairs = [0], [], []
+        for record in self.records:
+            words = sentence_tokens(record.caption, record.sentences, tokenizer)
+            ends = np.cumsum([0, *map(len, words)])
+            fits = (p for p in record.pairs if ends[p.sentence] < min(ends[p.sentence + 1], room))
+            pair = next(fits, record.pairs[0])
+            pairs.append(pair)
+            spans.append((int(ends[pair.sentence]), int(ends[pair.sentence + 1])))
+            tokens.extend(token for sentence in words for token in sentence)
+            starts.append(len(tokens))
+        self.pairs: list[LocalPair] = pairs
+        # One flat tensor: workers share it, and a hundred thousand captions take 50 MB.
+        self._tokens = torch.tensor(tokens, dtype=torch.int32)
+        self._starts, self._spans = starts, spans
+        self.truncated = int((np.diff(starts) > room).sum())
+        if self.truncated:
+            warnings.warn(
+                f"{self.truncated} of {len(records)} captions are longer than {context_length} "
+                "tokens and lose their end",
+                stacklevel=2,
+            )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> FastGoalBatch:
+        record, pair = self.records[index], self.pairs[index]
+        words = self._tokens[self._starts[index] : self._starts[index + 1]].tolist()
+        start, end = self._spans[index]
+        room = self.context_length - 2
+        image = load_image(record.image)
+        local = crop_region(image, pair.box)
+        return FastGoalBatch(
+            images=image_tensor(image, self.image_size, self.mean, self.std),
+            texts=pack_row(words, self.tokenizer, self.context_length),
+            local_images=image_tensor(local, self.image_size, self.mean, self.std),
+            local_texts=pack_row(words[start:end], self.tokenizer, self.context_length),
+            boxes=torch.tensor(pair.box, dtype=torch.float32),
+            image_sizes=torch.tensor((record.width, record.height)),
+            spans=torch.tensor((min(start, room) + 1, min(end, room) + 1)),
+            lengths=torch.tensor(min(len(words), room) + 2),
+        )
+
+
+def collate(items: Sequence[FastGoalBatch]) -> FastGoalBatch:
+    """Items of a FastGoalDataset as one batch."""
+    return FastGoalBatch(*(torch.stack(parts) for parts in zip(*items, strict=True)))
