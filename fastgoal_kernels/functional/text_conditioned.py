@@ -1,0 +1,386 @@
+"""Text-conditioned attention pooling (FLAIR, arXiv 2412.03561; CAFT, arXiv 2602.02977).
+
+Every caption pools every image's tokens with its own attention weights, and is compared with what
+it pooled. The functions that take a module (`TextConditionedPool`, or the published block of the
+same layout) read its tensors and call the ones that take `PoolWeights`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import reference
+from ..backends import choose_backend
+from ..checks import (
+    check_choice,
+    check_integer,
+    check_mask,
+    check_range,
+    check_same_device,
+    check_same_dim,
+    check_scalar,
+    check_tensor,
+    shape_of,
+)
+from ..ops import text_conditioned as ops
+from ..reference import PoolWeights, l2_normalize, score_dtype
+from .precision import as_scalar, of_one_dtype, without_autocast
+
+
+def pool_weights(pool: nn.Module) -> PoolWeights:
+    """The tensors of a pool: a TextConditionedPool, or a published block of the same layout.
+
+    Read them where they are whole: under FSDP2, inside the forward of the module that gathers
+    them (`fully_shard` on the pool itself needs `register_fsdp_forward_method(pool, "scores")`).
+
+    Args:
+        pool: has `attn` (an `nn.MultiheadAttention` with biases), `ln_q`, `ln_k` and `ln_v`.
+
+    Raises:
+        TypeError: it has not.
+    """
+    try:
+        attn: Any = pool.attn
+        norms: tuple[Any, ...] = (pool.ln_q, pool.ln_k, pool.ln_v)
+        weights = (attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias)
+        return PoolWeights(*weights, *(x for norm in norms for x in (norm.weight, norm.bias)))
+    except AttributeError as error:
+        raise TypeError(
+            f"pool must be a TextConditionedPool or have its attn, ln_q, ln_k and ln_v; {error}"
+        ) from error
+
+
+def _check(
+    image_tokens: object,
+    text_features: object,
+    weights: PoolWeights,
+    num_heads: int,
+    image_mask: object,
+) -> None:
+    check_tensor("image_tokens", image_tokens, 3, "(num_images, tokens, dim)")
+    check_tensor("text_features", text_features, 2, "(num_texts, dim)")
+    assert isinstance(image_tokens, Tensor) and isinstance(text_features, Tensor)
+    check_same_dim("image_tokens", image_tokens, "text_features", text_features)
+    dim = image_tokens.shape[2]
+    wanted = {"in_proj_weight": (3 * dim, dim), "in_proj_bias": (3 * dim,)}
+    wanted |= {"out_proj_weight": (dim, dim)}
+    for name, tensor in zip(PoolWeights._fields, weights, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"weights.{name} must be a tensor, not {type(tensor).__name__}. Fix: build the "
+                "nn.MultiheadAttention with bias=True and kdim = vdim = embed_dim"
+            )
+        shape = wanted.get(name, (dim,))
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"weights.{name} {shape_of(tensor)} must have shape {shape} for image_tokens "
+                f"{shape_of(image_tokens)}"
+            )
+        check_same_device("image_tokens", image_tokens, **{f"weights.{name}": tensor})
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads must divide the dimension {dim}; got {num_heads}")
+    if image_mask is not None:
+        check_mask(
+            "image_mask", image_mask, "image_tokens (num_images, tokens)", image_tokens.shape[:2]
+        )
+        assert isinstance(image_mask, Tensor)
+    check_same_device(
+        "image_tokens", image_tokens, text_features=text_features, image_mask=image_mask
+    )
+
+
+def _projected(
+    image_tokens: Tensor,
+    text_features: Tensor,
+    weights: PoolWeights,
+    image_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, unit texts and the output projection: what the operators take.
+
+    Products run in the input dtype on CUDA, accumulating in float32; elsewhere half precision is
+    widened first, where it is slower and less exact. Norms are always float32 or wider.
+    """
+    wide = score_dtype(text_features.dtype)
+    dtype = text_features.dtype if text_features.device.type == "cuda" else wide
+    dim = text_features.shape[1]
+    w_q, w_k, w_v = weights.in_proj_weight.chunk(3)
+    b_q, b_k, b_v = weights.in_proj_bias.chunk(3)
+
+    def project(x: Tensor, gain: Tensor, shift: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        x = F.layer_norm(x, (dim,), gain.to(wide), shift.to(wide), eps=1e-5)
+        return F.linear(x.to(dtype), w.to(dtype), b.to(dtype))
+
+    tokens, texts = image_tokens.to(wide), text_features.to(wide)
+    if image_mask is not None:
+        tokens = tokens.masked_fill(~image_mask[..., None], 0)
+    return (
+        project(texts, weights.ln_q_weight, weights.ln_q_bias, w_q, b_q),
+        project(tokens, weights.ln_k_weight, weights.ln_k_bias, w_k, b_k),
+        project(tokens, weights.ln_v_weight, weights.ln_v_bias, w_v, b_v),
+        l2_normalize(texts),
+        weights.out_proj_weight,
+        weights.out_proj_bias,
+    )
+
+
+def text_conditioned_scores(
+    image_tokens: Tensor,
+    text_features: Tensor,
+    weights: PoolWeights,
+    num_heads: int,
+    *,
+    add_zero_attn: bool = True,
+    image_mask: Tensor | None = None,
+    text_index: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Cosine of every caption with what it pooled from every image.
+
+    o_ij = multi-head attention of the query LN_q(t_j) over the keys and values LN_k, LN_v(image i),
+    with in and out projections, softmax scale 1 / sqrt(head_dim) and, under `add_zero_attn`, one
+    more key and value of zeros; score_ij = cos(o_ij, t_j) (FLAIR, arXiv 2412.03561, equations 2
+    to 4, and CAFT). An image without a valid token scores 0 and gets no gradient.
+
+    Differentiable in the tokens, the features and all weights. Keys and values are made once an
+    image and queries once a caption; the rest is done block by block, forward and backward, so that
+    nothing of size images x captions x dim exists.
+
+    Args:
+        image_tokens: (I, L, D) floating point.
+        text_features: (J, D), as the text encoder gives them. Mixed dtypes promote as torch does;
+            under `torch.autocast` both are taken in its dtype, and so are the weights. Layer norms,
+            softmax and cosines are float32 (float64 for float64 input).
+        weights: the pool's tensors, D = `num_heads` * head_dim.
+        num_heads: attention heads.
+        add_zero_attn: as in `torch.nn.MultiheadAttention`.
+        image_mask: (I, L) bool, True = a real token.
+        text_index: (I, P) integers: the captions to score with each image; default: all.
+        backend: "torch" or "reference"; default: the best that serves the inputs.
+
+    Returns:
+        (I, J), or (I, P) with `text_index`: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: shapes, devices or dimensions that do not fit, and (values on the CPU) a
+            text_index out of range.
+        TypeError: tokens or features that are not floating point, a mask that is not bool.
+    """
+    _check(image_tokens, text_features, weights, num_heads, image_mask)
+    if text_index is not None:
+        num_images, num_texts = image_tokens.shape[0], text_features.shape[0]
+        check_integer("text_index", text_index, (num_images, None), "(num_images, captions)")
+        check_same_device("image_tokens", image_tokens, text_index=text_index)
+        check_range("text_index", text_index, 0, num_texts, "an index into text_features")
+        text_index = text_index.long()
+    image_tokens, text_features = of_one_dtype(image_tokens, text_features)
+    chosen = choose_backend("text_conditioned_scores", backend, image_tokens, text_features)
+    with without_autocast(image_tokens):
+        if chosen == "reference":
+            return reference.text_conditioned_scores(
+                image_tokens, text_features, weights, num_heads, add_zero_attn=add_zero_attn,
+                image_mask=image_mask, text_index=text_index,
+            )  # fmt: skip
+        projected = _projected(image_tokens, text_features, weights, image_mask)
+        return ops.text_conditioned_scores(
+            *projected, image_mask, text_index, num_heads, add_zero_attn
+        )
+
+
+def text_conditioned_loss_from_weights(
+    image_tokens: Tensor,
+    text_features: Tensor,
+    weights: PoolWeights,
+    num_heads: int,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    captions_per_image: int,
+    negatives: str = "all",
+    negative_offsets: Tensor | None = None,
+    negative_only: bool = False,
+    image_mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    add_zero_attn: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """`text_conditioned_sigmoid_loss` on the pool's tensors instead of the module.
+
+    For weights that live elsewhere than in a module's attributes: gathered by FSDP2, produced by
+    `torch.func.functional_call`, merged with adapters. `weights`, `num_heads` and `add_zero_attn`
+    are those of `text_conditioned_scores`; everything else is described there and in
+    `text_conditioned_sigmoid_loss`.
+    """
+    _check(image_tokens, text_features, weights, num_heads, image_mask)
+    check_scalar("logit_scale", logit_scale)
+    check_scalar("logit_bias", logit_bias)
+    check_choice("negatives", negatives, ("all", "sample"))
+    num_images, num_texts = image_tokens.shape[0], text_features.shape[0]
+    if not isinstance(captions_per_image, int):
+        raise TypeError(f"captions_per_image must be an int; got {captions_per_image!r}")
+    if captions_per_image < 1:
+        raise ValueError(f"captions_per_image must be at least 1; got {captions_per_image}")
+    if num_texts != num_images * captions_per_image:
+        raise ValueError(
+            f"text_features {shape_of(text_features)} must hold captions_per_image = "
+            f"{captions_per_image} captions for each of the {num_images} images of image_tokens "
+            f"{shape_of(image_tokens)}: {num_images * captions_per_image} rows"
+        )
+    if negatives == "all" and negative_offsets is not None:
+        raise ValueError('negative_offsets is for negatives="sample"; got negatives="all"')
+    if negatives == "sample":
+        shape = (num_images, max(num_images - 1, 0))
+        if negative_offsets is None:
+            negative_offsets = torch.randint(
+                captions_per_image, shape, generator=generator, device=image_tokens.device
+            )
+        check_integer("negative_offsets", negative_offsets, shape, "(num_images, num_images - 1)")
+        check_same_device("image_tokens", image_tokens, negative_offsets=negative_offsets)
+        check_range(
+            "negative_offsets", negative_offsets, 0, captions_per_image, "captions of an image"
+        )
+
+    image_tokens, text_features = of_one_dtype(image_tokens, text_features)
+    scale, bias = as_scalar(logit_scale, image_tokens), as_scalar(logit_bias, image_tokens)
+    chosen = choose_backend("text_conditioned_sigmoid_loss", backend, image_tokens, text_features)
+    with without_autocast(image_tokens):
+        if chosen == "reference":
+            return reference.text_conditioned_sigmoid_loss(
+                image_tokens, text_features, weights, num_heads, scale, bias,
+                captions_per_image=captions_per_image, negative_offsets=negative_offsets,
+                negative_only=negative_only, image_mask=image_mask, add_zero_attn=add_zero_attn,
+            )  # fmt: skip
+        text_index = None
+        if negative_offsets is not None:
+            text_index = reference.text_conditioned_columns(
+                num_images, captions_per_image, negative_offsets.clamp(0, captions_per_image - 1)
+            )
+        scores = ops.text_conditioned_scores(
+            *_projected(image_tokens, text_features, weights, image_mask),
+            image_mask, text_index, num_heads, add_zero_attn,
+        )  # fmt: skip
+        image = torch.arange(num_images, device=scores.device)[:, None]
+        if text_index is None:
+            text_index = torch.arange(num_texts, device=scores.device)
+        positive = (text_index // captions_per_image == image) & (not negative_only)
+        total = reference.sigmoid_loss(scale * scores + bias, positive, None)
+        return total / max(scores.shape[1], 1)
+
+
+def text_conditioned_sigmoid_loss(
+    pool: nn.Module,
+    image_tokens: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    captions_per_image: int,
+    negatives: str = "all",
+    negative_offsets: Tensor | None = None,
+    negative_only: bool = False,
+    image_mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """FLAIR's text-conditioned sigmoid loss (arXiv 2412.03561, equation 5), as CAFT trains with it.
+
+    -sum over the pairs of log sigmoid(y z), divided by the number of columns, with
+    z = logit_scale * cos(o_ij, t_j) + logit_bias (see `text_conditioned_scores`). The columns of
+    image i are its own K captions, y = +1, and as negatives, y = -1,
+
+    - "sample", the published loss: of each other image j one caption j * K + offset;
+    - "all", ours: every caption of every other image. No published trainer can afford it. It has
+      N * K columns where the sampled loss has N + K - 1, so a positive weighs (N K) / (N + K - 1)
+      times less: when changing over, expect another balance of positives and negatives.
+
+    Differentiable in the tokens, the features, the pool's parameters, `logit_scale` and
+    `logit_bias`. Nothing of size images x captions x dim exists, forward or backward.
+
+    Args:
+        pool: a TextConditionedPool, or a published block of the same layout.
+        image_tokens: (N, L, D) floating point.
+        text_features: (N * K, D); captions i * K to i * K + K - 1 are image i's. Dtypes as in
+            `text_conditioned_scores`.
+        logit_scale: the multiplier itself: a float, or a tensor of one element on any device.
+        logit_bias: added to every logit; likewise.
+        captions_per_image: K.
+        negatives: "all" or "sample".
+        negative_offsets: (N, N - 1) integers in [0, K), for "sample": the caption drawn from each
+            other image, those in ascending order; default: drawn uniformly.
+        negative_only: the same columns, all negative: the captions are another rank's. Image i
+            then meets the columns that rank drew for its own image i, as the published ring does.
+        image_mask: (N, L) bool, True = a real token.
+        generator: draws the offsets; on the device of the tokens.
+        backend: "torch" or "reference"; default: the best that serves the inputs.
+
+    Returns:
+        The loss, 0-dim float32 (float64 for float64 input); 0 for an empty batch.
+
+    Raises:
+        ValueError: shapes, devices or dimensions that do not fit, N * K captions that are not
+            there, an unknown `negatives`, offsets with "all" or (values on the CPU) out of range.
+        TypeError: tokens or features that are not floating point, a `pool` of another layout.
+    """
+    attn: Any = getattr(pool, "attn", None)
+    return text_conditioned_loss_from_weights(
+        image_tokens, text_features, pool_weights(pool), attn.num_heads, logit_scale, logit_bias,
+        captions_per_image=captions_per_image, negatives=negatives,
+        negative_offsets=negative_offsets, negative_only=negative_only, image_mask=image_mask,
+        generator=generator, add_zero_attn=attn.add_zero_attn, backend=backend,
+    )  # fmt: skip
+
+
+def text_conditioned_topk(
+    pool: nn.Module,
+    image_tokens: Tensor,
+    text_features: Tensor,
+    k: int,
+    *,
+    image_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The k best captions of each image and the k best images of each caption, streaming.
+
+    By the cosines of `text_conditioned_scores`, whose full matrix is never held. Best first; of
+    equal scores the lower index comes first. Not differentiable.
+
+    Args:
+        pool: a TextConditionedPool, or a published block of the same layout.
+        image_tokens: (I, L, D) floating point.
+        text_features: (J, D).
+        k: at least 1; cut to the number of captions, or of images.
+        image_mask: (I, L) bool, True = a real token.
+        backend: "torch" or "reference"; default: the best that serves the inputs.
+
+    Returns:
+        ((values, indices) of each image, both (I, k); (values, indices) of each caption, (J, k)):
+        values float32 (float64 for float64 input), indices int64.
+
+    Raises:
+        ValueError: k below 1, shapes, devices or dimensions that do not fit.
+        TypeError: tokens or features that are not floating point, a `pool` of another layout.
+    """
+    weights = pool_weights(pool)
+    attn: Any = pool.attn
+    _check(image_tokens, text_features, weights, attn.num_heads, image_mask)
+    if k < 1:
+        raise ValueError(f"k must be at least 1; got {k}")
+    image_tokens, text_features = of_one_dtype(image_tokens, text_features)
+    chosen = choose_backend("text_conditioned_topk", backend, image_tokens, text_features)
+    with torch.no_grad(), without_autocast(image_tokens):
+        if chosen == "reference":
+            return reference.topk(
+                reference.text_conditioned_scores(
+                    image_tokens, text_features, weights, attn.num_heads,
+                    add_zero_attn=attn.add_zero_attn, image_mask=image_mask,
+                ),
+                k,
+            )  # fmt: skip
+        values, indices, text_values, text_indices = ops.text_conditioned_topk(
+            *_projected(image_tokens, text_features, weights, image_mask),
+            image_mask, attn.num_heads, attn.add_zero_attn, k,
+        )  # fmt: skip
+    return (values, indices), (text_values, text_indices)

@@ -1,0 +1,138 @@
+"""Text-conditioned pooling scores as custom operators: cos(o_ij, t_j) of every wanted pair.
+
+    fastgoal::text_conditioned_scores           (q, k, v, text, output projection) -> scores
+    fastgoal::text_conditioned_scores_backward  dL/dscores -> the gradient of each of those
+    fastgoal::text_conditioned_topk             the k best of every row and column of the scores
+
+The operators begin after the input projection: an image's keys and values and a caption's query do
+not depend on the pair, so they are made once, in plain differentiable PyTorch. What follows does
+depend on it (attention weights, output projection, cosine) and is never held for all pairs.
+The definition is `reference.text_conditioned_scores`.
+
+Shapes: q (J, D), k and v (I, L, D), text (J, D) of unit length (or zero), out_weight (D, D),
+out_bias (D,), image_mask (I, L) bool, text_index (I, P) int64 or None for every caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference import score_dtype
+from . import text_conditioned_torch as engine
+
+
+@torch.library.custom_op("fastgoal::text_conditioned_scores", mutates_args=())
+def text_conditioned_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    image_mask: Tensor | None,
+    text_index: Tensor | None,
+    num_heads: int,
+    add_zero_attn: bool,
+) -> Tensor:
+    """Scores (I, J), or (I, P) of the captions that text_index names."""
+    # Autocast reaches into custom operators, and into their backward where that is called under it.
+    with torch.autocast(q.device.type, enabled=False):
+        pool = engine.Pool(
+            q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn
+        )
+        return engine.forward(pool, text_index)
+
+
+@text_conditioned_scores.register_fake
+def _(q, k, v, text, out_weight, out_bias, image_mask, text_index, num_heads, add_zero_attn):
+    columns = q.shape[0] if text_index is None else text_index.shape[1]
+    return q.new_empty((k.shape[0], columns), dtype=score_dtype(q.dtype))
+
+
+@torch.library.custom_op("fastgoal::text_conditioned_scores_backward", mutates_args=())
+def text_conditioned_scores_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    image_mask: Tensor | None,
+    text_index: Tensor | None,
+    num_heads: int,
+    add_zero_attn: bool,
+    need: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, text, out_weight, out_bias; those not needed have no elements."""
+    with torch.autocast(q.device.type, enabled=False):
+        pool = engine.Pool(
+            q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn
+        )
+        return engine.backward(pool, text_index, grad, engine.Need(*need))
+
+
+@text_conditioned_scores_backward.register_fake
+def _(
+    grad, q, k, v, text, out_weight, out_bias, image_mask, text_index,
+    num_heads, add_zero_attn, need,
+):  # fmt: skip
+    inputs = (q, k, v, text, out_weight, out_bias)
+    return tuple(
+        x.new_empty(x.shape if wanted else 0) for x, wanted in zip(inputs, need, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.num_heads, ctx.add_zero_attn = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    need = list(ctx.needs_input_grad[:6])
+    gradients = text_conditioned_scores_backward(
+        grad, *ctx.saved_tensors, ctx.num_heads, ctx.add_zero_attn, need
+    )
+    gradients = (g if wanted else None for g, wanted in zip(gradients, need, strict=True))
+    return *gradients, None, None, None, None
+
+
+text_conditioned_scores.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("fastgoal::text_conditioned_topk", mutates_args=())
+def text_conditioned_topk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    image_mask: Tensor | None,
+    num_heads: int,
+    add_zero_attn: bool,
+    best: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values, indices) of each image's `best` captions, then of each caption's `best` images."""
+    with torch.autocast(q.device.type, enabled=False):
+        pool = engine.Pool(
+            q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn
+        )
+        return engine.topk(pool, best)
+
+
+@text_conditioned_topk.register_fake
+def _(q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn, best):
+    num_images, num_texts = k.shape[0], q.shape[0]
+    image_shape = (num_images, torch.sym_min(best, num_texts))
+    text_shape = (num_texts, torch.sym_min(best, num_images))
+    scores = {"dtype": score_dtype(q.dtype)}
+    return (
+        q.new_empty(image_shape, **scores),
+        q.new_empty(image_shape, dtype=torch.long),
+        q.new_empty(text_shape, **scores),
+        q.new_empty(text_shape, dtype=torch.long),
+    )

@@ -1,0 +1,231 @@
+"""Text-conditioned scores in plain PyTorch, in blocks: exact on any device, never all pairs at once.
+
+A block is a few images times a few captions. For each pair in it
+
+    S = q k^T / sqrt(head_dim)   P = softmax([S, 0])   a = P v   o = W a + b   score = <o, t> / |o|
+
+with the 0 and its zero value there only under add_zero_attn (as one more row of zeros in k and v).
+Nothing of a block outlives it: the backward computes it again, which costs the forward once more
+and no memory. A block's largest tensors hold about `_BLOCK_ELEMENTS` numbers each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference import score_dtype
+from .topk import streaming_topk
+
+# Per block tensor. On a CPU a block should stay in cache; on a GPU it should fill the device and
+# be small beside the inputs.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
+
+
+class Pool(NamedTuple):
+    """What the operators of `text_conditioned` are given, with the shapes written there."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    text: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    image_mask: Tensor | None
+    num_heads: int
+    add_zero_attn: bool
+
+
+class Need(NamedTuple):
+    """Which gradients are wanted."""
+
+    q: bool
+    k: bool
+    v: bool
+    text: bool
+    out_weight: bool
+    out_bias: bool
+
+
+class _Heads:
+    """The inputs laid out for the blocks: heads before rows, the row of zeros in place."""
+
+    def __init__(self, pool: Pool):
+        self.num_images, length, self.dim = pool.k.shape
+        self.num_texts = pool.q.shape[0]
+        self.num_heads = pool.num_heads
+        self.head_dim = self.dim // pool.num_heads
+        self.length = length
+        self.dtype = pool.q.dtype  # of the products
+        self.wide = score_dtype(pool.q.dtype)  # of softmax, norms, cosines and sums over blocks
+        self.scale = self.head_dim**-0.5
+        self.q = pool.q
+        self.k = self._split(pool.k, pool.add_zero_attn)
+        self.v = self._split(pool.v, pool.add_zero_attn)
+        self.text = pool.text.to(self.wide)
+        self.weight = pool.out_weight.to(self.dtype)
+        self.bias = pool.out_bias.to(self.dtype)
+        self.empty = self.dead = None
+        if pool.image_mask is not None:
+            self.empty = ~pool.image_mask.any(dim=1)
+            # The scores of an image without tokens are replaced by 0: let its softmax be finite.
+            dead = ~(pool.image_mask | self.empty[:, None])
+            self.dead = F.pad(dead, (0, int(pool.add_zero_attn)))[:, None, None, :]
+
+    def _split(self, x: Tensor, add_zero: bool) -> Tensor:
+        """(I, L, D) -> (I, H, L or L + 1, head_dim), contiguous."""
+        x = F.pad(x, (0, 0, 0, int(add_zero))).unflatten(2, (self.num_heads, self.head_dim))
+        return x.transpose(1, 2).contiguous()
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(I, H, L or L + 1, head_dim) -> (I, L, D), the row of zeros dropped."""
+        return x[:, :, : self.length].transpose(1, 2).flatten(2)
+
+    def blocks(self, columns: int) -> Iterator[tuple[slice, slice]]:
+        """Images and columns of each block; few images, many captions, to read q and W often."""
+        if 0 in (self.num_images, columns, self.length, self.num_texts):
+            return  # no pair, or no token to pool: the scores are 0
+        budget = _BLOCK_ELEMENTS.get(self.q.device.type, _BLOCK_ELEMENTS["cuda"])
+        pairs = max(1, budget // max(self.dim, self.num_heads * self.k.shape[2]))
+        step_columns = min(columns, pairs)
+        step_images = max(1, pairs // step_columns)
+        for image in range(0, self.num_images, step_images):
+            for column in range(0, columns, step_columns):
+                yield (
+                    slice(image, min(image + step_images, self.num_images)),
+                    slice(column, min(column + step_columns, columns)),
+                )
+
+
+class _Block:
+    """One block, computed: queries (B, H, C, head_dim), weights p (B, H, C, L), a and o (B, C, D)."""
+
+    def __init__(self, x: _Heads, images: slice, columns: slice, index: Tensor | None):
+        self.k, self.v = x.k[images], x.v[images]
+        count = self.k.shape[0]
+        if index is None:
+            q, self.text = x.q[None, columns].expand(count, -1, -1), x.text[None, columns]
+        else:
+            chosen = index[images, columns]
+            q, self.text = x.q[chosen], x.text[chosen]
+        q = q.unflatten(2, (x.num_heads, x.head_dim)).transpose(1, 2)
+        self.q = q.contiguous()
+        logits = (self.q @ self.k.mT).to(x.wide).mul_(x.scale)
+        if x.dead is not None:
+            logits.masked_fill_(x.dead[images], -torch.inf)
+        self.p = logits.softmax(dim=-1).to(x.dtype)
+        self.a = (self.p @ self.v).transpose(1, 2).flatten(2)
+        self.o = F.linear(self.a, x.weight, x.bias).to(x.wide)
+        norm = torch.linalg.vector_norm(self.o, dim=-1)
+        # x / max(|x|, 1e-12), whose gradient has no term through |x| below 1e-12, and is 0 at 0.
+        self.inverse = torch.where(norm > 0, norm.clamp_min(1e-12).reciprocal(), 0.0)
+        self.through_norm = norm >= 1e-12
+        self.score = (self.o * self.text).sum(dim=-1) * self.inverse
+        if x.empty is not None:
+            self.score = self.score.masked_fill(x.empty[images, None], 0)
+
+
+def _index(pool: Pool, text_index: Tensor | None) -> Tensor | None:
+    """Clamped, so that a bad caption index gives a bad score and no read out of bounds."""
+    return None if text_index is None else text_index.clamp(0, max(pool.q.shape[0] - 1, 0))
+
+
+def forward(pool: Pool, text_index: Tensor | None) -> Tensor:
+    """cos(o_ij, t_j): (I, J), or (I, P) for the captions text_index names."""
+    x, index = _Heads(pool), _index(pool, text_index)
+    columns = x.num_texts if index is None else index.shape[1]
+    scores = torch.zeros(x.num_images, columns, dtype=x.wide, device=pool.q.device)
+    for images, captions in x.blocks(columns):
+        scores[images, captions] = _Block(x, images, captions, index).score
+    return scores
+
+
+def topk(pool: Pool, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `best` captions of each image and images of each caption, block by block."""
+    x = _Heads(pool)
+    if x.length:
+        blocks = x.blocks(x.num_texts)
+        tiles = ((i, j, _Block(x, i, j, None).score) for i, j in blocks)
+    else:  # nothing to pool: every score is 0, and blocks() gives no tile
+        zeros = torch.zeros(x.num_images, x.num_texts, dtype=x.wide, device=pool.q.device)
+        tiles = iter([(slice(0, x.num_images), slice(0, x.num_texts), zeros)])
+    return streaming_topk((x.num_images, x.num_texts), best, tiles, x.text)
+
+
+def _add_rows(total: Tensor, index: Tensor | slice, rows: Tensor) -> None:
+    """total[index] += rows, rows (B, C, D), in a fixed order of additions.
+
+    On CUDA index_add_ uses atomics, but an accumulating index_put_ sorts; on a CPU it is the
+    other way round.
+    """
+    if isinstance(index, slice):
+        total[index] += rows.sum(dim=0)
+    elif total.device.type == "cpu":
+        total.index_add_(0, index.flatten(), rows.flatten(0, 1))
+    else:
+        total.index_put_((index,), rows, accumulate=True)
+
+
+def backward(
+    pool: Pool, text_index: Tensor | None, grad: Tensor, need: Need
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in the order of `Need`; those not needed have no elements."""
+    x, index = _Heads(pool), _index(pool, text_index)
+    grad = grad.to(x.wide)
+    if x.empty is not None:
+        grad = grad.masked_fill(x.empty[:, None], 0)
+
+    def zeros_if(wanted: bool, *shape: int) -> Tensor:
+        return torch.zeros(shape if wanted else 0, dtype=x.wide, device=grad.device)
+
+    d_q = zeros_if(need.q, x.num_texts, x.dim)
+    d_k, d_v = zeros_if(need.k, *x.k.shape), zeros_if(need.v, *x.v.shape)
+    d_text = zeros_if(need.text, x.num_texts, x.dim)
+    d_weight, d_bias = zeros_if(need.out_weight, x.dim, x.dim), zeros_if(need.out_bias, x.dim)
+    need_attention = need.q or need.k
+
+    for images, columns in x.blocks(grad.shape[1]):
+        block = _Block(x, images, columns, index)
+        captions = columns if index is None else index[images, columns]
+        g = grad[images, columns] * block.inverse
+        if need.text:
+            _add_rows(d_text, captions, block.o * g[..., None])
+        # d<o, t>/|o|: t / |o| - score * o / |o|^2
+        shrink = g * block.score * block.inverse * block.through_norm
+        d_o = torch.addcmul(block.text * g[..., None], block.o, shrink[..., None], value=-1)
+        d_o = d_o.to(x.dtype).flatten(0, 1)
+        if need.out_bias:
+            d_bias += d_o.sum(dim=0, dtype=x.wide)
+        if need.out_weight:
+            d_weight += d_o.T @ block.a.flatten(0, 1)
+        if not (need_attention or need.v):
+            continue
+        d_a = (d_o @ x.weight).view(block.a.shape).unflatten(2, (x.num_heads, x.head_dim))
+        d_a = d_a.transpose(1, 2).contiguous()
+        if need.v:
+            d_v[images] += block.p.mT @ d_a
+        if not need_attention:
+            continue
+        # Softmax: dS = P (dP - sum P dP), the scale of S included.
+        d_p = (d_a @ block.v.mT).to(x.wide)
+        p = block.p.to(x.wide)
+        d_p -= (d_p * p).sum(dim=-1, keepdim=True)
+        d_s = (d_p * p).mul_(x.scale).to(x.dtype)
+        if need.k:
+            d_k[images] += d_s.mT @ block.q
+        if need.q:
+            d_queries = (d_s @ block.k).transpose(1, 2).flatten(2).to(x.wide)
+            _add_rows(d_q, captions, d_queries)
+
+    return (
+        d_q.to(pool.q.dtype),
+        (x.merge(d_k) if need.k else d_k).to(pool.k.dtype),
+        (x.merge(d_v) if need.v else d_v).to(pool.v.dtype),
+        d_text.to(pool.text.dtype),
+        d_weight.to(pool.out_weight.dtype),
+        d_bias.to(pool.out_bias.dtype),
+    )

@@ -1,0 +1,57 @@
+"""The k best of every row and of every column of a score matrix that is seen tile by tile.
+
+Best first; of equal scores the lower index comes first; NaN counts as the best, as in
+`torch.sort`. The definition is `reference.topk`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def _merge(values: Tensor, indices: Tensor, tile: Tensor, first: int, k: int) -> None:
+    """Merge tile (rows, n), columns `first` to `first` + n, into the k best so far, in place.
+
+    What is kept has lower indices than what comes, so a stable sort keeps the order of ties.
+    """
+    seen = min(first, k)
+    column = torch.arange(first, first + tile.shape[1], device=tile.device).expand_as(tile)
+    values_now = torch.cat([values[:, :seen], tile], dim=1)
+    indices_now = torch.cat([indices[:, :seen], column], dim=1)
+    best, order = values_now.sort(dim=1, descending=True, stable=True)
+    kept = min(k, best.shape[1])
+    values[:, :kept] = best[:, :kept]
+    indices[:, :kept] = indices_now.gather(1, order[:, :kept])
+
+
+def streaming_topk(
+    shape: tuple[int, int],
+    k: int,
+    tiles: Iterable[tuple[slice, slice, Tensor]],
+    like: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values, indices) of each row's k best columns, then of each column's k best rows.
+
+    Args:
+        shape: (rows, columns) of the whole score matrix.
+        k: how many, cut to what there is.
+        tiles: (rows, columns, scores) in row-major order of the tiles, covering the matrix once.
+        like: gives device and dtype.
+    """
+    num_rows, num_columns = shape
+
+    def slots(items: int, others: int) -> tuple[Tensor, Tensor]:
+        size = (items, min(k, others))
+        return (
+            torch.empty(size, dtype=like.dtype, device=like.device),
+            torch.empty(size, dtype=torch.long, device=like.device),
+        )
+
+    row_best, column_best = slots(num_rows, num_columns), slots(num_columns, num_rows)
+    for rows, columns, scores in tiles:
+        _merge(*(x[rows] for x in row_best), scores, columns.start, k)
+        _merge(*(x[columns] for x in column_best), scores.T, rows.start, k)
+    return *row_best, *column_best
