@@ -1,1 +1,41 @@
 """The public functions: check the inputs, choose a backend, call the op."""
+
+from .contrastive import clip_contrastive_loss, sigmoid_contrastive_loss
+from .maxsim import (
+    maxsim_alignment,
+    maxsim_contrastive_loss,
+    maxsim_scores,
+    maxsim_topk,
+    pack_tokens,
+)
+from .text_conditioned import (
+    text_conditioned_scores,
+    text_conditioned_sigmoid_loss,
+    text_conditioned_topk,
+)
+from .token_ops import (
+    farthest_point_sampling,
+    region_mean,
+    soft_cluster_pool,
+    span_mean,
+    token_similarity_loss,
+)
+
+OPS = (
+    "maxsim_scores",
+    "maxsim_alignment",
+    "maxsim_topk",
+    "maxsim_contrastive_loss",
+    "clip_contrastive_loss",
+    "sigmoid_contrastive_loss",
+    "text_conditioned_scores",
+    "text_conditioned_sigmoid_loss",
+    "text_conditioned_topk",
+    "region_mean",
+    "span_mean",
+    "token_similarity_loss",
+    "farthest_point_sampling",
+    "soft_cluster_pool",
+)
+
+__all__ = [*OPS, "pack_tokens", "OPS"]

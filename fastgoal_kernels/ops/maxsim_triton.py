@@ -259,25 +259,23 @@ def maxsim_gradient_kernel(
     gradient = tl.zeros((BLOCK_OWN, BLOCK_D), dtype=tl.float32)
 
     if GATHER:
-        weight = tl.load(own_weights + start + own, mask=own < length, other=0.0)
-        live = weight != 0.0
+        own_weight = tl.load(own_weights + start + own, mask=own < length, other=0.0)
         winner_ptrs = gather_winners + start + own
         grad_ptr = gather_grad + item * grad_own_stride
         for other in range(0, num_others):
             other_start = tl.load(other_starts + other)
             # An item without a valid token scores 0 and takes no part.
-            alive = tl.where(live, tl.load(other_lengths + other), 0) > 0
-            winner = tl.load(winner_ptrs, mask=alive, other=0).to(tl.int32)
-            g = tl.load(grad_ptr)
-            rows = tl.load(
-                others + (other_start + winner)[:, None] * D + d[None, :],
+            alive = tl.where(own_weight != 0.0, tl.load(other_lengths + other), 0) > 0
+            place = other_start + tl.load(winner_ptrs, mask=alive, other=0).to(tl.int32)
+            won = tl.load(
+                others + place[:, None] * D + d[None, :],
                 mask=alive[:, None] & d_inside[None, :],
                 other=0.0,
             )
-            gradient += g * rows.to(tl.float32)
+            gradient += tl.load(grad_ptr) * won.to(tl.float32)
             winner_ptrs += own_rows
             grad_ptr += grad_other_stride
-        gradient *= weight[:, None]
+        gradient *= own_weight[:, None]
 
     if SCATTER:
         winner_row = scatter_winners + item * other_rows
@@ -332,30 +330,40 @@ _TINY = Config(16, 16, 16, 4, 1)
 _GROUP = 16
 
 
-def _forward_config(dtype: torch.dtype, both: bool) -> Config:
+def _forward_config(dtype: torch.dtype, both: bool, arch: int) -> Config:
     if _INTERPRETED:
         return _TINY
-    if dtype == torch.float32:  # the matrix unit takes no IEEE float32: small tiles, few registers
-        return Config(32, 64, 32, 4, 2)
-    if both:  # 128 x 256 spills: the column maximum needs registers of its own
-        return Config(128, 128, 64, 8, 3)
+    if dtype == torch.float32:  # IEEE products run on the ordinary cores: registers are the limit
+        return Config(64, 64, 32, 8, 1)
+    if both and arch < 90:  # at 128 x 128 a column maximum beside the accumulators spills
+        return Config(64, 128, 64, 8, 3)
+    if both and arch >= 100:  # so it does here, where the tile has to come out of tensor memory
+        return Config(128, 64, 64, 8, 3)
     return Config(128, 128, 64, 8, 3)
 
 
-def _backward_config(dtype: torch.dtype) -> Config:
+def _backward_config(dtype: torch.dtype, arch: int) -> Config:
     """block_q counts own rows, block_k other rows."""
     if _INTERPRETED:
         return _TINY
     if dtype == torch.float32:
         return Config(32, 32, 64, 4, 2)
-    if dtype == torch.float16:
-        return Config(64, 32, 128, 8, 2)
+    if dtype == torch.float16:  # the product runs in TF32, with operands twice as wide
+        return Config(64, 32, 64, 8, 2)
     return Config(64, 64, 128, 8, 2)
 
 
 # ---------------------------------------------------------------------------------------------
 # Launchers
 # ---------------------------------------------------------------------------------------------
+
+
+def _arch(device: torch.device) -> int:
+    """The compute capability times ten; 0 under the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _programs(device: torch.device) -> int:
@@ -382,7 +390,7 @@ def forward(
     """
     device, dim, dtype = images.rows.device, images.rows.shape[1], images.rows.dtype
     both = direction == "both"
-    config = _forward_config(dtype, both)
+    config = _forward_config(dtype, both, _arch(device))
     num_pairs = images.items * texts.items
     grid = (max(min(num_pairs, _programs(device)), 1),)
 
@@ -448,7 +456,7 @@ def _side_gradient(
     if gradient.numel() == 0 or other.total == 0:
         return gradient
     dtype, dim = own.rows.dtype, own.rows.shape[1]
-    config = _backward_config(dtype)
+    config = _backward_config(dtype, _arch(own.rows.device))
     block_items, block_firsts = own.blocks(config.block_q)
     gather_winners, gather_grad = gather or scatter
     scatter_winners, scatter_grad = scatter or gather
@@ -479,3 +487,66 @@ def backward(
     image_grad = _side_gradient(images, texts, i2t, t2i, own_axis=0) if need_image else None
     text_grad = _side_gradient(texts, images, t2i, i2t, own_axis=1) if need_text else None
     return image_grad, text_grad
+
+
+# ---------------------------------------------------------------------------------------------
+# What gets compiled
+# ---------------------------------------------------------------------------------------------
+
+_TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# What each parameter points at; a name that is not here is a size or a stride.
+_POINTERS = {
+    "*i64": "query_starts key_starts own_starts other_starts",
+    "*i32": "query_lengths key_lengths own_lengths other_lengths block_items block_firsts "
+    "other_items scratch_winner",
+    "*fp32": "scores query_scores key_scores query_weights key_weights own_weights other_weights "
+    "scratch_best gather_grad scatter_grad",
+    "*u8": "winners query_winners key_winners gather_winners scatter_winners",
+    "tokens": "queries keys others own_grad",
+}
+
+
+def _case(kernel, label: str, dtype: torch.dtype, config: Config, constexprs: dict) -> CompileCase:
+    types = {name: kind for kind, names in _POINTERS.items() for name in names.split()}
+    signature = {}
+    for name in kernel.arg_names:
+        kind = "constexpr" if name in constexprs else types.get(name, "i32")
+        signature[name] = f"*{_TYPE_NAMES[dtype]}" if kind == "tokens" else kind
+    return CompileCase(
+        name=kernel.__name__,
+        label=f"{_TYPE_NAMES[dtype]} {label} {config.block_q}x{config.block_k}x{config.block_d}",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        uses_matrix_unit=dtype != torch.float32 and constexprs.get("SCATTER", True),
+        aligned=frozenset(name for name, kind in signature.items() if kind.startswith("*")),
+    )
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every configuration the launchers pick, at CLIP's widths and at one that no tile divides."""
+    cases = []
+    for dtype in _TYPE_NAMES:
+        for dim in (512, 768, 1000):
+            for save in (True, False):
+                for both in (False, True):
+                    config = _forward_config(dtype, both, arch)
+                    cases.append(_case(
+                        maxsim_both_directions_kernel if both else maxsim_one_direction_kernel,
+                        f"D={dim}" + (" winners" if save else ""), dtype, config,
+                        dict(D=dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
+                             BLOCK_D=config.block_d, GROUP=_GROUP, SAVE_WINNERS=save,
+                             PRECISION="ieee"),
+                    ))  # fmt: skip
+            for gather, scatter in ((True, False), (False, True), (True, True)):
+                config = _backward_config(dtype, arch)
+                label = f"D={dim}" + " gather" * gather + " scatter" * scatter
+                cases.append(_case(
+                    maxsim_gradient_kernel, label, dtype, config,
+                    dict(D=dim, BLOCK_OWN=config.block_q, BLOCK_OTHER=config.block_k,
+                         BLOCK_D=config.block_d, GATHER=gather, SCATTER=scatter,
+                         PRECISION="tf32" if dtype == torch.float16 else "ieee"),
+                ))  # fmt: skip
+    return cases

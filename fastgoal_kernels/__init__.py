@@ -1,0 +1,60 @@
+"""FastGOAL's kernels: the losses of long-caption CLIP training, fused, as autograd functions.
+
+>>> from fastgoal_kernels import maxsim_contrastive_loss
+>>> loss = maxsim_contrastive_loss(image_tokens, text_tokens, logit_scale)
+
+What each op means is in `fastgoal_kernels.reference`, in a few lines of eager PyTorch each.
+"""
+
+from .backends import BackendError, available_backends, explain_backend, use_backend
+from .functional import (
+    clip_contrastive_loss,
+    farthest_point_sampling,
+    maxsim_alignment,
+    maxsim_contrastive_loss,
+    maxsim_scores,
+    maxsim_topk,
+    pack_tokens,
+    region_mean,
+    sigmoid_contrastive_loss,
+    soft_cluster_pool,
+    span_mean,
+    text_conditioned_sigmoid_loss,
+    text_conditioned_topk,
+    token_similarity_loss,
+)
+from .modules import (
+    FastGoalLoss,
+    HierarchicalAlignmentLoss,
+    TextConditionedPool,
+    TextConditionedSigmoidLoss,
+    TokenSimilarityLoss,
+)
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BackendError",
+    "FastGoalLoss",
+    "HierarchicalAlignmentLoss",
+    "TextConditionedPool",
+    "TextConditionedSigmoidLoss",
+    "TokenSimilarityLoss",
+    "available_backends",
+    "clip_contrastive_loss",
+    "explain_backend",
+    "farthest_point_sampling",
+    "maxsim_alignment",
+    "maxsim_contrastive_loss",
+    "maxsim_scores",
+    "maxsim_topk",
+    "pack_tokens",
+    "region_mean",
+    "sigmoid_contrastive_loss",
+    "soft_cluster_pool",
+    "span_mean",
+    "text_conditioned_sigmoid_loss",
+    "text_conditioned_topk",
+    "token_similarity_loss",
+    "use_backend",
+]
