@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .checks import check_choice
 from .functional.contrastive import clip_contrastive_loss, sigmoid_contrastive_loss
 from .functional.text_conditioned import (
@@ -327,3 +328,136 @@ class FastGoalLoss(nn.Module):
             "span_tsl_loss": self.tsl_weight * span_tsl,
         }
         return _total(parts, output_dict)
+
+
+# ---------------------------------------------------------------------------------------------
+# open_clip's losses
+# ---------------------------------------------------------------------------------------------
+
+_NO_HOROVOD = (
+    "ClipLoss(use_horovod=True) is not served: the features travel over torch.distributed. "
+    "Fix: launch with torchrun and use_horovod=False, or keep open_clip's own ClipLoss"
+)
+
+
+class ClipLoss(nn.Module):
+    """open_clip's `ClipLoss`, constructor and forward, without the logits in memory.
+
+    CLIP's loss (arXiv 2103.00020) by `clip_contrastive_loss`; over `world_size` processes as
+    `distributed.clip_contrastive_loss` describes.
+
+    Args:
+        local_loss: each process computes its own rows of the logits only.
+        gather_with_grad: differentiate through the gathering of the processes' features.
+        cache_labels: accepted and without effect: no labels are ever built.
+        rank: this process's rank.
+        world_size: number of processes; above 1 they must form torch.distributed's default group.
+        use_horovod: not served.
+
+    Raises:
+        NotImplementedError: use_horovod.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
+        super().__init__()
+        if use_horovod:
+            raise NotImplementedError(_NO_HOROVOD)
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of (N, D) features, 0-dim; with output_dict, {"contrastive_loss": loss}.
+
+        Raises:
+            RuntimeError: world_size > 1 without a process group.
+            ValueError: rank and world_size are not the group's; shapes that do not fit.
+        """
+        # This function also serves open_clip's own instances, once patched: it may use no more
+        # than the attributes they have, of which use_horovod can be set.
+        if self.use_horovod:
+            raise NotImplementedError(_NO_HOROVOD)
+        if self.world_size > 1:
+            distributed.check_group("ClipLoss", self.rank, self.world_size)
+            loss = distributed.clip_contrastive_loss(
+                image_features, text_features, logit_scale, logit_bias,
+                local_loss=self.local_loss, gather_with_grad=self.gather_with_grad,
+            )  # fmt: skip
+        else:
+            loss = clip_contrastive_loss(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """open_clip's `SigLipLoss`, constructor and forward, without the logits in memory.
+
+    SigLIP's loss (arXiv 2303.15343), averaged over images, by `sigmoid_contrastive_loss`; over
+    `world_size` processes as `distributed.sigmoid_contrastive_loss` describes.
+
+    Args:
+        cache_labels: accepted and without effect: no labels are ever built.
+        rank: this process's rank.
+        world_size: number of processes; above 1 they must form torch.distributed's default group.
+        dist_impl: how texts travel: "bidir" (default), "shift", "reduce" or "gather".
+
+    Raises:
+        ValueError: an unknown dist_impl.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+    ):
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        check_choice("dist_impl", self.dist_impl, distributed.EXCHANGES)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of (N, D) features, 0-dim; with output_dict, {"contrastive_loss": loss}.
+
+        Raises:
+            RuntimeError: world_size > 1 without a process group.
+            ValueError: rank and world_size are not the group's; shapes that do not fit.
+        """
+        bias = 0.0 if logit_bias is None else logit_bias
+        if self.world_size > 1:
+            distributed.check_group("SigLipLoss", self.rank, self.world_size)
+            loss = distributed.sigmoid_contrastive_loss(
+                image_features, text_features, logit_scale, bias, exchange=self.dist_impl
+            )
+        else:
+            loss = sigmoid_contrastive_loss(
+                image_features, text_features, logit_scale, bias, average_over="images"
+            )
+        return {"contrastive_loss": loss} if output_dict else loss

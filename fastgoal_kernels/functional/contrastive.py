@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -17,16 +18,20 @@ from ..checks import (
     shape_of,
 )
 from ..ops import features_torch
+from ..ops.normalize import l2_normalize
+from .precision import as_scalar, of_one_dtype, without_autocast
 
 
-def _check_features(
+def check_features(
     image_features: object,
     text_features: object,
     logit_scale: object,
     logit_bias: object,
-    pair_mask: object,
-    bias_is_optional: bool,
+    pair_mask: object = None,
+    *,
+    bias_is_optional: bool = True,
 ) -> None:
+    """Shapes, dtypes and devices of what both losses take."""
     check_tensor("image_features", image_features, 2, "(num_images, dim)")
     check_tensor("text_features", text_features, 2, "(num_texts, dim)")
     assert isinstance(image_features, Tensor) and isinstance(text_features, Tensor)
@@ -40,29 +45,6 @@ def _check_features(
     check_same_device(
         "image_features", image_features, text_features=text_features, pair_mask=pair_mask
     )
-
-
-def _in_autocast_dtype(features: Tensor) -> Tensor:
-    """As a matrix product under torch.autocast would take them; float64 is left alone."""
-    device_type = features.device.type
-    if features.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return features
-    return features.to(torch.get_autocast_dtype(device_type))
-
-
-def _of_one_dtype(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-    image_features = _in_autocast_dtype(image_features)
-    text_features = _in_autocast_dtype(text_features)
-    dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-    return image_features.to(dtype), text_features.to(dtype)
-
-
-def _scalar(value: Tensor | float, features: Tensor) -> Tensor:
-    """A 0-dim tensor beside the features, in the dtype of the loss; differentiable."""
-    dtype = reference.score_dtype(features.dtype)
-    if isinstance(value, Tensor):
-        return value.reshape(()).to(device=features.device, dtype=dtype)
-    return torch.full((), value, dtype=dtype, device=features.device)
 
 
 def clip_contrastive_loss(
@@ -112,9 +94,7 @@ def clip_contrastive_loss(
         TypeError: features that are not floating point, a mask that is not bool.
         BackendError: a backend that was asked for and has no such kernel.
     """
-    _check_features(
-        image_features, text_features, logit_scale, logit_bias, pair_mask, bias_is_optional=True
-    )
+    check_features(image_features, text_features, logit_scale, logit_bias, pair_mask)
     if image_features.shape[0] != text_features.shape[0]:
         raise ValueError(
             "clip_contrastive_loss needs one text per image (the targets are the diagonal); got "
@@ -123,18 +103,49 @@ def clip_contrastive_loss(
         )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
-    image_features, text_features = _of_one_dtype(image_features, text_features)
-    scale = _scalar(logit_scale, image_features)
-    bias = None if logit_bias is None else _scalar(logit_bias, image_features)
+    image_features, text_features = of_one_dtype(image_features, text_features)
+    scale = as_scalar(logit_scale, image_features)
+    bias = None if logit_bias is None else as_scalar(logit_bias, image_features)
     chosen = choose_backend("clip_contrastive_loss", backend, image_features, text_features)
     if chosen == "reference":
-        with torch.autocast(image_features.device.type, enabled=False):
+        with without_autocast(image_features):
             return reference.clip_contrastive_loss(
                 image_features, text_features, scale, bias,
                 pair_mask=pair_mask, label_smoothing=label_smoothing, normalize=normalize,
             )  # fmt: skip
+    if normalize:
+        image_features, text_features = l2_normalize(image_features), l2_normalize(text_features)
     loss, _, _ = features_torch.softmax_loss(
-        image_features, text_features, scale, bias, pair_mask, label_smoothing, normalize, True, 0
+        image_features, text_features, scale, bias, pair_mask, label_smoothing, True, 0
+    )
+    return loss
+
+
+def row_cross_entropy(
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    first_target: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean cross-entropy of the rows of logit_scale * rows @ columns.T + logit_bias: half of CLIP.
+
+    What one process of several computes of its own rows (`fastgoal_kernels.distributed`). The
+    target of row i, of (M, D) `rows`, is column i + first_target of the (N, D) `columns`; the rest
+    is as in `clip_contrastive_loss`.
+    """
+    rows, columns = of_one_dtype(rows, columns)
+    scale = as_scalar(logit_scale, rows)
+    bias = None if logit_bias is None else as_scalar(logit_bias, rows)
+    if choose_backend("clip_contrastive_loss", backend, rows, columns) == "reference":
+        with without_autocast(rows):
+            logits = scale * reference.feature_scores(rows, columns, normalize=False)
+            targets = torch.arange(first_target, first_target + len(rows), device=rows.device)
+            return F.cross_entropy(logits if bias is None else logits + bias, targets)
+    loss, _, _ = features_torch.softmax_loss(
+        rows, columns, scale, bias, None, 0.0, False, first_target
     )
     return loss
 
@@ -186,7 +197,7 @@ def sigmoid_contrastive_loss(
             captions_per_image that is not an int.
         BackendError: a backend that was asked for and has no such kernel.
     """
-    _check_features(
+    check_features(
         image_features, text_features, logit_scale, logit_bias, pair_mask, bias_is_optional=False
     )
     check_choice("average_over", average_over, ("texts", "images"))
@@ -194,20 +205,22 @@ def sigmoid_contrastive_loss(
         raise TypeError(f"captions_per_image must be an int; got {captions_per_image!r}")
     if captions_per_image < 1:
         raise ValueError(f"captions_per_image must be at least 1; got {captions_per_image}")
-    image_features, text_features = _of_one_dtype(image_features, text_features)
-    scale, bias = _scalar(logit_scale, image_features), _scalar(logit_bias, image_features)
+    image_features, text_features = of_one_dtype(image_features, text_features)
+    scale, bias = as_scalar(logit_scale, image_features), as_scalar(logit_bias, image_features)
     chosen = choose_backend("sigmoid_contrastive_loss", backend, image_features, text_features)
     if chosen == "reference":
-        with torch.autocast(image_features.device.type, enabled=False):
+        with without_autocast(image_features):
             return reference.sigmoid_contrastive_loss(
                 image_features, text_features, scale, bias, captions_per_image=captions_per_image,
                 negative_only=negative_only, pair_mask=pair_mask, normalize=normalize,
                 average_over=average_over,
             )  # fmt: skip
+    if normalize:
+        image_features, text_features = l2_normalize(image_features), l2_normalize(text_features)
     inputs = (image_features, text_features, scale, bias)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     total, *_ = features_torch.sigmoid_loss(
-        *inputs, pair_mask, 0 if negative_only else captions_per_image, normalize, *wanted
+        *inputs, pair_mask, 0 if negative_only else captions_per_image, *wanted
     )
     count = text_features.shape[0] if average_over == "texts" else image_features.shape[0]
     return total / max(count, 1)

@@ -7,8 +7,8 @@
 
 Nothing of size images x texts is ever held: a tile stays in cache on a CPU, and is small beside the
 features on a GPU. The softmax needs whole rows and columns before its first gradient, so it goes
-over the tiles twice, four matrix products in all beside the two of an eager loss that keeps its
-logits. A sigmoid term knows its gradient at once: three products, in one pass.
+over the tiles twice: four matrix products, where an eager loss that keeps its logits needs three.
+A sigmoid term knows its gradient at once: three products, in one pass.
 
 The definitions are `reference.clip_contrastive_loss` and `reference.sigmoid_contrastive_loss`.
 Every tile is visited in a fixed order, so equal inputs give equal bits.
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import l2_normalize, score_dtype
+from ..reference import score_dtype
 
 # Elements of one float32 tile: 2 MB stay in a CPU's cache while its row and column sums are taken;
 # a GPU wants products large enough to fill it.
@@ -59,20 +59,18 @@ class _Tiles:
         scale: Tensor,
         bias: Tensor | None,
         pair_mask: Tensor | None,
-        normalize: bool,
     ):
-        self.image = l2_normalize(image) if normalize else image
-        self.text = l2_normalize(text) if normalize else text
+        self.image, self.text = image, text
         self.scale, self.bias, self.pair_mask = scale, bias, pair_mask
         area = _TILE_ELEMENTS.get(image.device.type, _TILE_ELEMENTS_ON_GPU)
         # As square as it gets: a product then reads the least for its work.
-        self._columns = max(min(len(text), math.isqrt(area)), 1)
-        self._rows = max(min(len(image), area // self._columns), 1)
-        self._columns = max(min(len(text), area // self._rows), 1)
+        self.column_step = max(min(len(text), math.isqrt(area)), 1)
+        self.row_step = max(min(len(image), area // self.column_step), 1)
+        self.column_step = max(min(len(text), area // self.row_step), 1)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        for rows in _slices(len(self.image), self._rows):
-            for columns in _slices(len(self.text), self._columns):
+        for rows in _slices(len(self.image), self.row_step):
+            for columns in _slices(len(self.text), self.column_step):
                 yield rows, columns
 
     def similarities(self, rows: slice, columns: slice) -> Tensor:
@@ -96,14 +94,14 @@ class _Gradients:
 
     def __init__(self, tiles: _Tiles, need_image: bool, need_text: bool, need_scale: bool):
         self.tiles = tiles
-        dtype = score_dtype(tiles.image.dtype)
-        self.image = torch.zeros_like(tiles.image, dtype=dtype) if need_image else None
-        self.text = torch.zeros_like(tiles.text, dtype=dtype) if need_text else None
+        new_zeros = tiles.scale.new_zeros
+        self.image = new_zeros(tiles.image.shape) if need_image else None
+        self.text = new_zeros(tiles.text.shape) if need_text else None
         # d loss / d scale = sum of dlogit * similarity: a product of any tower's sums with its
         # features. With both towers frozen there is no such sum, and the tiles are added up.
         self.from_tiles = need_scale and not (need_image or need_text)
         self.need_scale = need_scale
-        self.scale = torch.zeros((), dtype=dtype, device=tiles.image.device)
+        self.scale = new_zeros(())
 
     def add(self, rows: slice, columns: slice, dlogits: Tensor, similarities: Tensor) -> None:
         if self.image is not None:
@@ -113,43 +111,25 @@ class _Gradients:
         if self.from_tiles:
             self.scale += (dlogits * similarities).sum()
 
-    def finish(
-        self, image: Tensor, text: Tensor, factor: Tensor | float, normalize: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, factor: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of (image, text, scale), the towers' in float32; no elements if not needed."""
-        sums = ((self.image, image, self.tiles.image), (self.text, text, self.tiles.text))
+        tiles = self.tiles
         waits_for_scale = self.need_scale and not self.from_tiles
-        for grad, features, used in sums:
+        for grad, features in ((self.image, tiles.image), (self.text, tiles.text)):
             if grad is None:
                 continue
-            for rows in _slices(len(grad), max(_TILE_ELEMENTS["cpu"] // max(grad.shape[1], 1), 1)):
-                if waits_for_scale:
-                    self.scale += (grad[rows] * used[rows]).sum()
-                grad[rows] *= factor * self.tiles.scale
-                if normalize:
-                    _through_normalize_(grad[rows], features[rows])
-            waits_for_scale = False
+            if waits_for_scale:
+                # Some rows at a time: their products would be one more float32 copy of a tower.
+                for rows in _slices(len(grad), tiles.row_step):
+                    self.scale += (grad[rows] * features[rows]).sum()
+                waits_for_scale = False
+            grad *= factor * tiles.scale
         empty = self.scale.new_empty
         return (
             empty(0) if self.image is None else self.image,
             empty(0) if self.text is None else self.text,
             self.scale * factor if self.need_scale else empty(0),
         )
-
-
-def _through_normalize_(grad: Tensor, features: Tensor) -> None:
-    """In place, dL/d(unit vector) to dL/d(vector); zero for a zero vector."""
-    wide = features.to(grad.dtype)
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    unit = wide / length.clamp_min(1e-12)
-    # Shorter than the clamp, a vector is divided by a constant: nothing to project out.
-    radial = (unit * grad).sum(dim=-1, keepdim=True).masked_fill_(length < 1e-12, 0)
-    grad.sub_(unit * radial).div_(length.clamp_min(1e-12)).masked_fill_(length == 0, 0)
-
-
-def _without_autocast(tensor: Tensor) -> torch.autocast:
-    """The inside of an op computes in the dtypes it names, whatever context it was called in."""
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -213,7 +193,6 @@ def softmax_loss(
     bias: Tensor | None,
     pair_mask: Tensor | None,
     label_smoothing: float,
-    normalize: bool,
     both_ways: bool,
     target_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,8 +202,8 @@ def softmax_loss(
     mean column cross-entropy], for M = N and no offset. Else the rows' alone, M <= N, and the
     column result has no elements: what one rank of several computes of its own rows.
     """
-    with _without_autocast(image):
-        tiles = _Tiles(image, text, scale, bias, pair_mask, normalize)
+    with torch.autocast(image.device.type, enabled=False):
+        tiles = _Tiles(image, text, scale, bias, pair_mask)
         row_lse = _RunningLogSumExp(len(image), scale)
         column_lse = _RunningLogSumExp(len(text) if both_ways else 0, scale)
         target_logits = scale.new_empty(len(image))
@@ -254,7 +233,7 @@ def softmax_loss(
 
 @softmax_loss.register_fake
 def _(
-    image, text, scale, bias, pair_mask, label_smoothing, normalize, both_ways, target_offset
+    image, text, scale, bias, pair_mask, label_smoothing, both_ways, target_offset
 ):  # fmt: skip
     return (
         scale.new_empty(()),
@@ -274,7 +253,6 @@ def softmax_loss_backward(
     row_lse: Tensor,
     column_lse: Tensor,
     label_smoothing: float,
-    normalize: bool,
     both_ways: bool,
     target_offset: int,
     need_image: bool,
@@ -285,8 +263,8 @@ def softmax_loss_backward(
 
     dL/dlogit is row softmax + column softmax - twice the target, over twice the batch.
     """
-    with _without_autocast(image):
-        tiles = _Tiles(image, text, scale, bias, pair_mask, normalize)
+    with torch.autocast(image.device.type, enabled=False):
+        tiles = _Tiles(image, text, scale, bias, pair_mask)
         gradients = _Gradients(tiles, need_image, need_text, need_scale)
         row_pairs, column_pairs = _pairs(pair_mask, (len(image), len(text)), target_offset, scale)
         row_share, column_share = label_smoothing / row_pairs, label_smoothing / column_pairs
@@ -309,13 +287,13 @@ def softmax_loss_backward(
             targets -= (2 if both_ways else 1) * (1 - label_smoothing)
             gradients.add(rows, columns, dlogits, similarities)
         factor = upstream / max((2 if both_ways else 1) * len(image), 1)
-        image_grad, text_grad, scale_grad = gradients.finish(image, text, factor, normalize)
+        image_grad, text_grad, scale_grad = gradients.finish(factor)
     return image_grad.to(image.dtype), text_grad.to(text.dtype), scale_grad
 
 
 @softmax_loss_backward.register_fake
 def _(
-    upstream, image, text, scale, bias, pair_mask, row_lse, column_lse, label_smoothing, normalize,
+    upstream, image, text, scale, bias, pair_mask, row_lse, column_lse, label_smoothing,
     both_ways, target_offset, need_image, need_text, need_scale,
 ):  # fmt: skip
     return (
@@ -347,7 +325,7 @@ def _softmax_backward(ctx, upstream, *_):
         text_grad if need_text else None,
         scale_grad if need_scale else None,
         bias_grad,
-        *[None] * 5,
+        *[None] * 4,
     )
 
 
@@ -379,7 +357,6 @@ def sigmoid_loss(
     bias: Tensor,
     pair_mask: Tensor | None,
     captions_per_image: int,
-    normalize: bool,
     need_image: bool,
     need_text: bool,
     need_scale: bool,
@@ -390,8 +367,8 @@ def sigmoid_loss(
     Of (M, D) images and (N, D) texts of one dtype; text j belongs to image floor(j / K), to none
     for K = 0. A gradient that is not needed has no elements and costs nothing.
     """
-    with _without_autocast(image):
-        tiles = _Tiles(image, text, scale, bias, pair_mask, normalize)
+    with torch.autocast(image.device.type, enabled=False):
+        tiles = _Tiles(image, text, scale, bias, pair_mask)
         gradients = _Gradients(tiles, need_image, need_text, need_scale)
         any_gradient = need_image or need_text or need_scale or need_bias
         terms, dbias = [scale.new_zeros(())], [scale.new_zeros(())]
@@ -412,7 +389,7 @@ def sigmoid_loss(
                 gradients.add(rows, columns, dlogits, similarities)
                 if need_bias:
                     dbias.append(dlogits.sum())
-        grads = gradients.finish(image, text, 1.0, normalize)
+        grads = gradients.finish(1.0)
         bias_grad = torch.stack(dbias).sum() if need_bias else scale.new_empty(0)
         total = torch.stack(terms).sum()
     return total, *grads, bias_grad
@@ -420,7 +397,7 @@ def sigmoid_loss(
 
 @sigmoid_loss.register_fake
 def _(
-    image, text, scale, bias, pair_mask, captions_per_image, normalize, need_image, need_text,
+    image, text, scale, bias, pair_mask, captions_per_image, need_image, need_text,
     need_scale, need_bias,
 ):  # fmt: skip
     return (
@@ -474,7 +451,7 @@ def _sigmoid_backward(ctx, upstream, *_):
     wanted = ctx.needs_input_grad[:4]
     return (
         *(grad if want else None for grad, want in zip(gradients, wanted, strict=True)),
-        *[None] * 7,
+        *[None] * 6,
     )
 
 

@@ -1,0 +1,95 @@
+"""Hugging Face's `CLIPModel`, `SiglipModel` and `Siglip2Model` with our losses inside.
+
+>>> from fastgoal_kernels import patch_hf_clip
+>>> patch_hf_clip()
+>>> loss = model(**inputs, return_loss=True).loss
+
+With `return_loss=True` the loss is computed from the model's normalised embeddings. Without it
+nothing changes.
+
+What is saved, and what is not: these models return `logits_per_image` and `logits_per_text`, so
+one matrix of logits (images x texts) is still computed, and lives, with what autograd keeps of it,
+as long as the output object does. The copies that the original loss adds (log-softmax both ways,
+or the sign matrix and its terms) and their gradients are gone; keep only `.loss` of the output, and
+nothing of that size is left when the backward begins. Who does not want the logits at all calls
+`clip_contrastive_loss` on `get_image_features` and `get_text_features`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..functional.contrastive import clip_contrastive_loss, sigmoid_contrastive_loss
+from .patching import Method, Patch, PatchSet
+
+
+def _clip_loss(model: Any, outputs: Any) -> Tensor:
+    return clip_contrastive_loss(outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp())
+
+
+def _siglip_loss(model: Any, outputs: Any) -> Tensor:
+    return sigmoid_contrastive_loss(
+        outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp(), model.logit_bias
+    )
+
+
+def _with_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Method], Method]:
+    """Turns a model's forward into one whose loss is `loss(model, outputs)`."""
+
+    def replace(original: Method) -> Method:
+        signature = inspect.signature(original)
+        # Trainers look for `return_loss` in the signature, so it has to stay visible.
+        names = list(signature.parameters)
+        position = names.index("return_loss") - 1  # without self
+
+        @functools.wraps(original)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            wanted = args[position] if len(args) > position else kwargs.get("return_loss")
+            if not wanted:
+                return original(self, *args, **kwargs)
+            kwargs.update(zip(names[1:], args, strict=False))
+            as_dict = kwargs.pop("return_dict", None)
+            outputs = original(self, **{**kwargs, "return_loss": False, "return_dict": True})
+            outputs = type(outputs)(**{**outputs, "loss": loss(self, outputs)})
+            if as_dict is None:
+                as_dict = getattr(self.config, "return_dict", True)
+            return outputs if as_dict else outputs.to_tuple()
+
+        return forward
+
+    return replace
+
+
+_PATCHES = PatchSet(
+    "transformers",
+    tuple(
+        Patch(f"transformers.models.{name}.modeling_{name}", class_name, "forward", replace)
+        for name, class_name, replace in (
+            ("clip", "CLIPModel", _with_loss(_clip_loss)),
+            ("siglip", "SiglipModel", _with_loss(_siglip_loss)),
+            ("siglip2", "Siglip2Model", _with_loss(_siglip_loss)),
+        )
+    ),
+)
+
+
+def patch_hf_clip() -> None:
+    """Make the losses of Hugging Face's CLIP and SigLIP models ours, for the whole process.
+
+    Twice is once. The loss is float32 also where the model is of half precision. An unequal number
+    of images and texts is an error, as before for CLIP.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    _PATCHES.apply()
+
+
+def unpatch_hf_clip() -> None:
+    """Give the models their own forward back, exactly; without a patch it does nothing."""
+    _PATCHES.undo()
