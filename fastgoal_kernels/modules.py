@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import distributed
 from .checks import check_choice
 from .functional.contrastive import clip_contrastive_loss, sigmoid_contrastive_loss
+from .functional.maxsim import maxsim_contrastive_loss
 from .functional.text_conditioned import (
     pool_weights,
     text_conditioned_scores,
@@ -33,6 +34,85 @@ def _total(parts: dict[str, Tensor], output_dict: bool) -> Tensor | dict[str, Te
 def _check_captions(captions_per_image: int) -> None:
     if not isinstance(captions_per_image, int) or captions_per_image < 1:
         raise ValueError(f"captions_per_image must be a positive int; got {captions_per_image!r}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Late interaction
+# ---------------------------------------------------------------------------------------------
+
+
+class MaxSimLoss(nn.Module):
+    """The contrastive loss of late-interaction scores (FILIP, arXiv 2111.07783, equations 3 to 5).
+
+    Logits are logit_scale * S + logit_bias, where S[i, j] is the mean, over the words of text j, of
+    the best similarity with a region of image i ("text_to_image"), or the other way round; see
+    `maxsim_contrastive_loss`.
+
+    Args:
+        objective: "softmax" (half of [rows + columns], targets on the diagonal) or "sigmoid".
+        direction: "both", "text_to_image" or "image_to_text".
+        captions_per_image: K of the sigmoid objective: text j belongs to image floor(j / K).
+        normalize: divide every token by its length first.
+        recompute: keep no winners for the backward, but find them again there.
+        grad_filter_eps: skip pairs whose gradient falls below it; None = keep all.
+    """
+
+    def __init__(
+        self,
+        objective: str = "softmax",
+        direction: str = "both",
+        captions_per_image: int = 1,
+        normalize: bool = False,
+        recompute: bool = False,
+        grad_filter_eps: float | None = None,
+    ):
+        super().__init__()
+        check_choice("objective", objective, ("softmax", "sigmoid"))
+        check_choice("direction", direction, ("both", "text_to_image", "image_to_text"))
+        _check_captions(captions_per_image)
+        if objective == "softmax" and captions_per_image != 1:
+            raise ValueError(
+                "objective='softmax' has one caption an image; got captions_per_image="
+                f"{captions_per_image}. Fix: objective='sigmoid'"
+            )
+        self.objective = objective
+        self.direction = direction
+        self.captions_per_image = captions_per_image
+        self.normalize = normalize
+        self.recompute = recompute
+        self.grad_filter_eps = grad_filter_eps
+
+    def forward(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        image_offsets: Tensor | None = None,
+        text_offsets: Tensor | None = None,
+        max_image_tokens: int | None = None,
+        max_text_tokens: int | None = None,
+        pair_mask: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Image tokens (I, R, D) and text tokens (J, Q, D) -> 0-dim loss, float32 or float64.
+
+        With `output_dict`, {"maxsim_loss": loss}. Masks, ragged offsets, `pair_mask` and the errors
+        are those of `maxsim_contrastive_loss`.
+        """
+        loss = maxsim_contrastive_loss(
+            image_tokens, text_tokens, logit_scale, logit_bias,
+            image_mask=image_mask, text_mask=text_mask,
+            image_offsets=image_offsets, text_offsets=text_offsets,
+            max_image_tokens=max_image_tokens, max_text_tokens=max_text_tokens,
+            captions_per_image=self.captions_per_image, pair_mask=pair_mask,
+            objective=self.objective, direction=self.direction, normalize=self.normalize,
+            recompute=self.recompute, grad_filter_eps=self.grad_filter_eps,
+        )  # fmt: skip
+        return _total({"maxsim_loss": loss}, output_dict)
 
 
 # ---------------------------------------------------------------------------------------------
