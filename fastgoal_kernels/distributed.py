@@ -47,7 +47,7 @@ def check_group(caller: str, rank: int, world_size: int, group: ProcessGroup | N
 
 
 class _AllGather(torch.autograd.Function):
-    """Every process's rows, in rank order; the backward adds up what every process wants of ours."""
+    """Every process's rows, in rank order; the backward adds up what all of them want of ours."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -98,8 +98,8 @@ def clip_contrastive_loss(
     if image_features.shape[0] != text_features.shape[0]:
         raise ValueError(
             "clip_contrastive_loss needs one text per image (the targets are the diagonal); got "
-            f"image_features {shape_of(image_features)} and text_features {shape_of(text_features)}."
-            " Fix: for several captions an image use sigmoid_contrastive_loss"
+            f"image_features {shape_of(image_features)}, text_features {shape_of(text_features)}. "
+            "Fix: for several captions an image use sigmoid_contrastive_loss"
         )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")

@@ -28,14 +28,18 @@ from ..functional.contrastive import clip_contrastive_loss, sigmoid_contrastive_
 from .patching import Method, Patch, PatchSet
 
 
+def _embeddings(outputs: Any) -> tuple[Tensor, Tensor]:
+    """Images', texts'. The towers of a model that is spread over devices may end on two of them."""
+    return outputs.image_embeds.to(outputs.text_embeds.device), outputs.text_embeds
+
+
 def _clip_loss(model: Any, outputs: Any) -> Tensor:
-    return clip_contrastive_loss(outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp())
+    return clip_contrastive_loss(*_embeddings(outputs), model.logit_scale.exp())
 
 
 def _siglip_loss(model: Any, outputs: Any) -> Tensor:
-    return sigmoid_contrastive_loss(
-        outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp(), model.logit_bias
-    )
+    scale, bias = model.logit_scale.exp(), model.logit_bias
+    return sigmoid_contrastive_loss(*_embeddings(outputs), scale, bias)
 
 
 def _with_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Method], Method]:

@@ -43,10 +43,13 @@ class PatchSet:
             return
         if importlib.util.find_spec(self.package) is None:
             raise ImportError(f"{self.package} is not installed, so there is nothing to patch")
-        for patch in self.patches:
-            if importlib.util.find_spec(patch.module) is None:
-                continue  # an older release, without this model
-            owner = getattr(importlib.import_module(patch.module), patch.class_name)
+        found = [
+            (patch, getattr(importlib.import_module(patch.module), patch.class_name))
+            for patch in self.patches
+            # An older release may not have the model; its package is then missing.
+            if importlib.util.find_spec(patch.module.rpartition(".")[0]) is not None
+        ]
+        for patch, owner in found:
             original = vars(owner)[patch.method]
             self._originals.append((owner, patch.method, original))
             setattr(owner, patch.method, patch.replace(original))

@@ -312,6 +312,8 @@ def _softmax_setup_context(ctx, inputs, output):
 
 
 def _softmax_backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 8
     need_image, need_text, need_scale, need_bias, *_ = ctx.needs_input_grad
     image_grad = text_grad = scale_grad = None
     if need_image or need_text or need_scale:
@@ -447,6 +449,8 @@ def _sigmoid_setup_context(ctx, inputs, output):
 
 
 def _sigmoid_backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 10
     gradients = sigmoid_loss_backward(upstream, *ctx.saved_tensors, ctx.dtype)
     wanted = ctx.needs_input_grad[:4]
     return (
