@@ -130,20 +130,20 @@ def compile_all(addresses: list[CaseAddress], use_cache: bool, console: Console)
 
 def _table(rows: list[Compiled], arch: int) -> Table:
     table = Table(title=f"sm_{arch}, Triton {triton.__version__}")
-    for column, side in [
-        ("kernel", "left"), ("configuration", "left"), ("warps", "right"), ("stages", "right"),
-        ("registers", "right"), ("spill B", "right"), ("shared B", "right"), ("tmem", "right"),
-        ("shuffles", "right"), ("instr.", "right"), ("matrix instr.", "left"),
-        ("blocks/SM", "right"), ("occupancy", "right"),
-    ]:  # fmt: skip
-        table.add_column(column, justify=side, overflow="fold")
+    for column in ("kernel", "configuration", "matrix instr."):
+        table.add_column(column, overflow="fold")
+    for column in (
+        "warps", "stages", "registers", "spill B", "shared B", "tmem", "shuffles", "instr.",
+        "blocks/SM", "occupancy",
+    ):  # fmt: skip
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         matrix = " ".join(f"{count} {name}" for name, count in sorted(row.matrix.items()))
         spilled = row.spill_stores + row.spill_loads
         table.add_row(
-            row.name, escape(row.label), str(row.num_warps), str(row.num_stages),
+            row.name, escape(row.label), matrix or "–", str(row.num_warps), str(row.num_stages),
             str(row.registers), str(spilled), f"{row.shared:,}", str(row.tensor_memory_columns),
-            str(row.shuffles), str(row.instructions), matrix or "–", str(row.blocks_per_sm),
+            str(row.shuffles), str(row.instructions), str(row.blocks_per_sm),
             f"{row.occupancy:.0%}",
             style="red" if row.problems else None,
         )  # fmt: skip

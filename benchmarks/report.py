@@ -1,0 +1,370 @@
+"""Turn benchmarks/results/*.json into docs/benchmarks.md and its plots, lost races included.
+
+    python -m benchmarks.report [--results DIR] [--out docs/benchmarks.md]
+
+A GPU figure appears only if a GPU measured it: what is promised and not yet measured is listed so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .facts import ROOT
+from .peers import PEERS
+
+Row = dict[str, Any]
+Document = dict[str, Any]
+
+WORK = ("op", "direction", "stage", "images", "texts", "text_tokens", "image_tokens", "dim",
+        "dtype", "layout", "fill")  # fmt: skip
+PEER_NAMES = tuple(peer.name for peer in PEERS)
+EAGER = ("eager amax", "eager max")
+
+
+def load(folder: Path) -> list[Document]:
+    """All result files of a kind this report knows, by name."""
+    documents = []
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        if document.get("kind") in ("device", "maxsim_cpu"):
+            documents.append({**document, "stem": path.stem})
+    return documents
+
+
+# ---------------------------------------------------------------------------------------------
+# Promises
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One line of the table of targets; `measured` is None where nothing measured it."""
+
+    what: str
+    target: float
+    at_least: bool
+    measured: float | None
+    unit: str = "×"
+
+    def cells(self) -> tuple[str, str, str, str]:
+        sign = "≥" if self.at_least else "≤"
+        if self.measured is None:
+            return self.what, f"{sign} {self.target:.3g} {self.unit}", "not yet measured", ""
+        holds = (self.measured >= self.target) == self.at_least or self.measured == self.target
+        value = f"{self.measured:.3g} {self.unit}"
+        return self.what, f"{sign} {self.target:.3g} {self.unit}", value, "yes" if holds else "no"
+
+
+class Results:
+    """The rows of one sweep, looked up by contender and work."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = [row for row in rows if row["status"] == "ok"]
+
+    def value(self, key: str, contender: str, **work: Any) -> float | None:
+        for row in self.rows:
+            if row["contender"] == contender and all(row[k] == v for k, v in work.items()):
+                return row[key]
+        return None
+
+    def best(self, contenders: Iterable[str], **work: Any) -> float | None:
+        times = (self.value("median_ms", name, **work) for name in contenders)
+        return min((time for time in times if time is not None), default=None)
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
+def promises(rows: Iterable[Row]) -> list[Promise]:
+    """What the fused MaxSim promises for an H200 in bf16, beside what these rows measured."""
+    results = Results(rows)
+    found = []
+
+    def ours(key: str, op: str, direction: str, stage: str, dim: int, layout: str = "full"):
+        return results.value(
+            key, "fastgoal triton", op=op, direction=direction, stage=stage, dim=dim, layout=layout
+        )
+
+    def rival(names: Iterable[str], op: str, direction: str, stage: str, dim: int):
+        return results.best(names, op=op, direction=direction, stage=stage, dim=dim, layout="full")
+
+    scores, loss, one, both = "maxsim_scores", "maxsim_contrastive_loss", "text_to_image", "both"
+    inference, training = "inference", "forward+backward"
+    for (
+        dim,
+        share,
+        more,
+    ) in (512, 0.65, 1.25), (768, 0.70, 1.15):
+        size = f"1024 × 1024, T 77, R 196, D {dim}"
+        single = ours("median_ms", scores, one, inference, dim)
+        found += [
+            Promise(f"scores, one direction, {size}: share of the measured GEMM rate", share, True,
+                    ours("share_of_gemm", scores, one, inference, dim), ""),
+            Promise("… against the best fused peer", 4, True,
+                    ratio(rival(PEER_NAMES, scores, one, inference, dim), single), "× faster"),
+            Promise("… against our chunked torch backend", 1, True,
+                    ratio(rival(["fastgoal torch"], scores, one, inference, dim), single),
+                    "× faster"),
+            Promise("scores, both, winners kept: time of one direction", more, False,
+                    ratio(ours("median_ms", scores, both, "forward", dim), single)),
+        ]  # fmt: skip
+        for direction, limit in ((one, 2.5), (both, 3.3)):
+            step = ours("median_ms", loss, direction, training, dim)
+            forward = ours("median_ms", loss, direction, "forward", dim)
+            extra = ours("extra_bytes", loss, direction, training, dim)
+            cells = 77 + 8 if direction == one else 77 + 196 + 16
+            found += [
+                Promise(f"loss, {direction}, forward+backward, D {dim}: time of its forward", limit,
+                        False, ratio(step, forward)),
+                Promise("… against the best fused peer", 5, True,
+                        ratio(rival(PEER_NAMES, loss, direction, training, dim), step), "× faster"),
+                Promise("… against eager bf16", 2.5, True,
+                        ratio(rival(EAGER, loss, direction, training, dim), step), "× faster"),
+                Promise("… extra memory", (1024**2 * cells + 32 * 2**20) / 1e6, False,
+                        None if extra is None else extra / 1e6, "MB"),
+            ]  # fmt: skip
+    packed = ours("median_ms", loss, both, training, 512, "packed")
+    padded = ours("median_ms", loss, both, training, 512, "padded")
+    found.append(
+        Promise("loss, both, captions 55 % full, T 248, packed: time of padded", 0.65, False,
+                ratio(packed, padded))
+    )  # fmt: skip
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------
+
+
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def describe(row: Row) -> str:
+    layout = "" if row["layout"] == "full" else f", {row['layout']} captions {row['fill']:.0%} full"
+    return (
+        f"{row['op']}, {row['direction']}, {row['stage']}: {row['images']} × {row['texts']}, "
+        f"T {row['text_tokens']}, R {row['image_tokens']}, D {row['dim']}, {row['dtype']}{layout}"
+    )
+
+
+def groups(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows of each workload, in the order in which the workloads first appear."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in WORK), []).append(row)
+    return found
+
+
+def our_default(document: Document) -> str:
+    return "fastgoal triton" if document["device"]["type"] == "cuda" else "fastgoal torch"
+
+
+def row_cells(row: Row, own: Row | None) -> list[str]:
+    if row["status"] != "ok":
+        return [row["contender"], f"{row['status']}: {row['reason']}", "", "", "", ""]
+    time = f"{row['median_ms']:.3f} ({row['low_ms']:.3f}–{row['high_ms']:.3f})"
+    relative = f"{row['median_ms'] / own['median_ms']:.2f}" if own else ""
+    rate = "" if row["tflop_s"] is None else f"{row['tflop_s']:.3g} ({row['share_of_gemm']:.0%})"
+    parity = f"{max(row['parity'].values()):.1e}"
+    return [row["contender"], time, relative, f"{row['extra_bytes'] / 1e6:,.1f}", rate, parity]
+
+
+def losses(document: Document) -> list[str]:
+    """Every row in which someone else is faster or needs less memory than our default."""
+    found = []
+    for rows in groups(document["rows"]).values():
+        ok = [row for row in rows if row["status"] == "ok"]
+        own = next((row for row in ok if row["contender"] == our_default(document)), None)
+        if own is None:
+            continue
+        for row in ok:
+            if row["median_ms"] < own["median_ms"]:
+                share = row["median_ms"] / own["median_ms"]
+                found.append(f"{describe(row)}: {row['contender']} takes {share:.2f} of our time")
+            if row["extra_bytes"] < own["extra_bytes"]:
+                share = row["extra_bytes"] / own["extra_bytes"]
+                found.append(f"{describe(row)}: {row['contender']} takes {share:.2f} of our memory")
+    return found
+
+
+def provenance(document: Document) -> str:
+    device, versions = document["device"], document["versions"]
+    packages = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    commit = document["source"]["commit"]
+    commit = "of unknown commit" if commit is None else f"at commit `{commit[:12]}`"
+    if document["source"]["modified"]:
+        commit += " with local changes"
+    return (
+        f"`{document['command']}` on {document['date']}, sources {commit}, on {device['name']}; "
+        f"{packages}.\n"
+    )
+
+
+def device_section(document: Document, plot: str | None) -> str:
+    ceilings = document["ceilings"]
+    parts = [
+        f"## {document['device']['name']}\n",
+        provenance(document),
+        f"Measured ceilings: copy {ceilings['copy_gb_s']:,.0f} GB/s, {ceilings['gemm_dtype']} "
+        f"matrix product {ceilings['gemm_tflop_s']:,.1f} TFLOP/s.\n",
+        "Spot checks against float64: "
+        + "; ".join(f"{c['name']} {c['status']}" for c in document["checks"])
+        + ".\n",
+    ]
+    if not document["finished"]:
+        parts.append("This run was interrupted; what follows is what it had measured.\n")
+    if plot:
+        parts.append(f"![time and memory]({plot})\n")
+    head = ["", "ms (20–80 %)", "× our time", "extra MB", "TFLOP/s (of GEMM)", "parity error"]
+    for rows in groups(document["rows"]).values():
+        own = next(
+            (r for r in rows if r["contender"] == our_default(document) and r["status"] == "ok"),
+            None,
+        )
+        parts.append(f"**{describe(rows[0])}**\n")
+        parts.append(markdown_table(head, (row_cells(row, own) for row in rows)))
+    lost = losses(document)
+    parts.append("### Honest non-wins\n")
+    parts.append("\n".join(f"- {line}" for line in lost) + "\n" if lost else "None in this run.\n")
+    return "\n".join(parts)
+
+
+def cpu_section(document: Document) -> str:
+    from .maxsim_cpu import OURS, TARGETS
+
+    work = document["workload"]
+    rows = {row["contender"]: row for row in document["rows"]}
+    targets, ours = TARGETS.get(work["images"], {}), rows[OURS]
+    lines = []
+    for name, row in rows.items():
+        faster = row["median_ms"] / ours["median_ms"]
+        share = ours["extra_bytes"] / row["extra_bytes"]
+        cells = [name, f"{row['median_ms']:.1f} ({row['low_ms']:.1f}–{row['high_ms']:.1f})"]
+        if name == OURS or not targets:
+            cells += [f"{faster:.2f}", f"{row['extra_bytes'] / 1e6:,.1f}", f"{share:.3f}"]
+        else:
+            speed_holds = "holds" if faster >= targets[name] else "MISSED"
+            memory_holds = "holds" if share <= targets["memory"] else "MISSED"
+            cells += [
+                f"{faster:.2f} (≥ {targets[name]:g}: {speed_holds})",
+                f"{row['extra_bytes'] / 1e6:,.1f}",
+                f"{share:.3f} (≤ {targets['memory']:g}: {memory_holds})",
+            ]
+        lines.append(cells)
+    head = ["", "ms (20–80 %)", "ours is faster ×", "extra MB", "ours needs, of it"]
+    return "\n".join(
+        [
+            f"### {describe(work)}, {document['device']['threads']} threads\n",
+            provenance(document),
+            markdown_table(head, lines),
+        ]
+    )
+
+
+def page(documents: list[Document], plots: dict[str, str]) -> str:
+    """The whole of docs/benchmarks.md."""
+    gpus = [d for d in documents if d["kind"] == "device" and d["device"]["type"] == "cuda"]
+    cpus = [d for d in documents if d["kind"] == "device" and d["device"]["type"] != "cuda"]
+    parts = [
+        "# Benchmarks\n",
+        "Written by `python -m benchmarks.report` from the files in `benchmarks/results/`. "
+        "Medians of warm calls; in brackets the 20th to 80th percentile. Parity with float32 is "
+        "asserted before anything is timed. Extra memory is the peak beyond the inputs and what "
+        "the call returns (scores, or gradients). Lost races are listed too.\n",
+        "## Promises for an H200, bf16\n",
+    ]
+    if not gpus:
+        parts.append(
+            "No GPU result is in `benchmarks/results/` yet, so every line says so. "
+            "`python -m benchmarks.device` measures all of them in one run.\n"
+        )
+    for document in gpus or [{"rows": [], "device": {"name": ""}}]:
+        if document["device"]["name"]:
+            parts.append(f"Measured on {document['device']['name']}:\n")
+        cells = (promise.cells() for promise in promises(document["rows"]))
+        parts.append(markdown_table(["", "promised", "measured", "holds"], cells))
+    parts += [device_section(document, plots.get(document["stem"])) for document in gpus]
+    parts.append("## CPU\n")
+    small = [document for document in documents if document["kind"] == "maxsim_cpu"]
+    parts += [cpu_section(document) for document in sorted(small, key=lambda d: d["stem"])]
+    if not small and not cpus:
+        parts.append("Not yet measured: `python -m benchmarks.maxsim_cpu`.\n")
+    parts += [device_section(document, plots.get(document["stem"])) for document in cpus]
+    return "\n".join(parts)
+
+
+def plot(document: Document, folder: Path) -> Path | None:
+    """Time and extra memory of the training steps, a bar a contender; None if there is none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [
+        [row for row in rows if row["status"] == "ok"]
+        for rows in groups(document["rows"]).values()
+        if rows[0]["stage"] == "forward+backward"
+    ]
+    steps = [rows for rows in steps if rows]
+    if not steps:
+        return None
+    figure, axes = plt.subplots(
+        len(steps), 2, figsize=(11, 0.6 + 2.2 * len(steps)), squeeze=False, layout="constrained"
+    )
+    for (time_axis, memory_axis), rows in zip(axes, steps, strict=True):
+        names = [row["contender"] for row in rows][::-1]
+        colours = ["tab:green" if name.startswith("fastgoal") else "0.6" for name in names]
+        for axis, key, scale, unit in (
+            (time_axis, "median_ms", 1, "ms"),
+            (memory_axis, "extra_bytes", 1e-6, "extra MB"),
+        ):
+            bars = axis.barh(names, [row[key] * scale for row in rows][::-1], color=colours)
+            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+            axis.set_xlabel(unit, fontsize=8)
+            axis.tick_params(labelsize=8)
+            axis.margins(x=0.12)
+        memory_axis.set_yticklabels([])
+        time_axis.set_title(describe(rows[0]), fontsize=8, loc="left")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{document['stem']}.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    arguments = parser.parse_args(argv)
+    documents = load(arguments.results)
+    folder = arguments.out.parent / arguments.out.stem
+    plots = {}
+    for document in documents:
+        if document["kind"] == "device":
+            path = plot(document, folder)
+            if path is not None:
+                plots[document["stem"]] = f"{folder.name}/{path.name}"
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(page(documents, plots))
+    print(f"{len(documents)} result files -> {arguments.out}, {len(plots)} plots")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
