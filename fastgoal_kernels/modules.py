@@ -391,8 +391,8 @@ class FastGoalLoss(nn.Module):
             span_features: (N, D), any length: mean of the caption's word tokens in the sentence
                 (`span_mean`), likewise.
             logit_scale: the multiplier itself, of both contrastive terms.
-            output_dict: {"global_loss", "local_loss", "region_tsl_loss", "span_tsl_loss"}, weighted,
-                instead of their sum.
+            output_dict: {"global_loss", "local_loss", "region_tsl_loss", "span_tsl_loss"} instead
+                of their sum, each with its weight in it.
 
         Raises:
             ValueError, TypeError: as `clip_contrastive_loss` and `token_similarity_loss`.

@@ -1,0 +1,730 @@
+"""Text-conditioned pooling: scores, sigmoid loss and top-k of the torch backend.
+
+Against `reference.py` and against the published loss restated with nn.MultiheadAttention, in
+float64; and at the edges: masks, empty batches, zero vectors, ties, half precision, autocast,
+compilation, memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastgoal_kernels import reference
+from fastgoal_kernels.functional import text_conditioned as functional
+from fastgoal_kernels.functional.text_conditioned import (
+    text_conditioned_loss_from_weights,
+    text_conditioned_scores,
+    text_conditioned_sigmoid_loss,
+    text_conditioned_topk,
+)
+from fastgoal_kernels.modules import TextConditionedPool
+from fastgoal_kernels.ops import text_conditioned as ops
+from fastgoal_kernels.ops import text_conditioned_torch as engine
+from fastgoal_kernels.ops.topk import streaming_topk
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+seeds = st.integers(0, 2**31)
+
+
+def random_pool(dim: int, heads: int, device: str = "cpu", dtype=torch.float64, zero=True):
+    pool = TextConditionedPool(dim, heads, add_zero_attn=zero).to(device, dtype)
+    with torch.no_grad():
+        for parameter in pool.parameters():  # also the biases and gains that start at 0 and 1
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64))
+    return pool
+
+
+def randn(*shape: int, device: str = "cpu", dtype=torch.float64, grad: bool = False) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    """Float64, relative to the largest entry: a thousand roundings at most, so 1e-11 is ample."""
+    scale = max(float(expected.detach().abs().max()), 1e-3) if expected.numel() else 1.0
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-11 * scale)
+
+
+def assert_same_with_gradients(one: Tensor, other: Tensor, inputs: list[Tensor]) -> None:
+    assert_close(one, other)
+    weight = torch.randn(one.shape, dtype=torch.float64).to(one.device)
+    gradients = (
+        torch.autograd.grad((loss * weight).sum(), inputs, materialize_grads=True)
+        for loss in (one, other)
+    )
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b)
+
+
+@pytest.fixture(params=[1, 40, 1 << 30], ids=["pair by pair", "small blocks", "one block"])
+def block_elements(request, monkeypatch) -> int:
+    """How much of the pairs is computed at once must not matter."""
+    monkeypatch.setattr(engine, "_BLOCK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), request.param))
+    return request.param
+
+
+# ---------------------------------------------------------------------------------------------
+# Against the reference
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=seeds, images=st.integers(0, 4), texts=st.integers(0, 6), tokens=st.integers(0, 5),
+    heads=st.sampled_from([1, 2, 3]), head_dim=st.sampled_from([1, 3]), zero=st.booleans(),
+    masked=st.booleans(), columns=st.none() | st.integers(0, 5),
+    budget=st.sampled_from([1, 30, 100, 1 << 20]),
+)  # fmt: skip
+def test_scores_are_the_reference(
+    device, seed, images, texts, tokens, heads, head_dim, zero, masked, columns, budget
+):
+    torch.manual_seed(seed)
+    dim = heads * head_dim
+    pool = random_pool(dim, heads, device, zero=zero)
+    image_tokens, text = (randn(*s, dim, device=device, grad=True) for s in
+                          ((images, tokens), (texts,)))  # fmt: skip
+    keywords = {}
+    if masked:
+        keywords["image_mask"] = torch.rand(images, tokens, device=device) < 0.6
+    if columns is not None:
+        keywords["text_index"] = torch.randint(
+            0, max(texts, 1), (images, columns if texts else 0), device=device
+        )
+    before = engine._BLOCK_ELEMENTS
+    engine._BLOCK_ELEMENTS = dict.fromkeys(("cpu", "cuda"), budget)
+    try:
+        assert_same_with_gradients(
+            pool.scores(image_tokens, text, **keywords),
+            pool.scores(image_tokens, text, **keywords, backend="reference"),
+            [image_tokens, text, *pool.parameters()],
+        )
+    finally:
+        engine._BLOCK_ELEMENTS = before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=seeds, images=st.integers(0, 4), captions=st.integers(1, 3), sample=st.booleans(),
+    negative_only=st.booleans(), masked=st.booleans(), scalars=st.booleans(),
+)  # fmt: skip
+def test_loss_is_the_reference(
+    device, seed, images, captions, sample, negative_only, masked, scalars
+):
+    torch.manual_seed(seed)
+    pool = random_pool(6, 2, device)
+    image_tokens = randn(images, 4, 6, device=device, grad=True)
+    text = randn(images * captions, 6, device=device, grad=True)
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (3.0, -2.0))
+    keywords: dict = {"captions_per_image": captions, "negative_only": negative_only}
+    if masked:
+        keywords["image_mask"] = torch.rand(images, 4, device=device) < 0.6
+    if sample:
+        shape = images, max(images - 1, 0)
+        keywords["negative_offsets"] = torch.randint(0, captions, shape, device=device)
+        keywords["negatives"] = "sample"
+    inputs = [image_tokens, text, *pool.parameters(), *(() if scalars else (scale, bias))]
+    arguments = pool, image_tokens, text, *((3.0, -2.0) if scalars else (scale, bias))
+    assert_same_with_gradients(
+        text_conditioned_sigmoid_loss(*arguments, **keywords),
+        text_conditioned_sigmoid_loss(*arguments, **keywords, backend="reference"),
+        inputs,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Against the published loss
+# ---------------------------------------------------------------------------------------------
+
+
+def published_loss(
+    pool: TextConditionedPool, image_tokens: Tensor, text: Tensor, scale: Tensor, bias: Tensor,
+    captions: int, offsets: Tensor,
+) -> Tensor:  # fmt: skip
+    """FLAIR's step in plain PyTorch, image by image: own captions, and one of each other image."""
+    num_images = len(image_tokens)
+    columns = captions + num_images - 1
+    total = text.new_zeros(())
+    for i in range(num_images):
+        others = [j for j in range(num_images) if j != i]
+        own = [i * captions + c for c in range(captions)]
+        drawn = [j * captions + int(o) for j, o in zip(others, offsets[i], strict=True)]
+        queries = text[own + drawn]  # (columns, D)
+        tokens = image_tokens[i]
+        pooled, _ = pool.attn(
+            pool.ln_q(queries)[:, None],
+            pool.ln_k(tokens).expand(columns, -1, -1),
+            pool.ln_v(tokens).expand(columns, -1, -1),
+            need_weights=False,
+        )
+        logits = scale * F.cosine_similarity(pooled[:, 0], queries, dim=1, eps=1e-12) + bias
+        labels = torch.full((columns,), -1.0, dtype=text.dtype)
+        labels[:captions] = 1
+        total = total - F.logsigmoid(labels * logits).sum()
+    return total / columns
+
+
+def test_sampled_loss_is_the_published_one():
+    torch.manual_seed(0)
+    images, captions, dim = 5, 3, 8
+    pool = random_pool(dim, 2)
+    assert isinstance(pool.attn, nn.MultiheadAttention) and pool.attn.add_zero_attn
+    image_tokens, text = randn(images, 6, dim, grad=True), randn(images * captions, dim, grad=True)
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (7.0, -3.0))
+    offsets = torch.randint(0, captions, (images, images - 1))
+    inputs = [image_tokens, text, scale, bias, *pool.parameters()]
+    ours = text_conditioned_sigmoid_loss(
+        pool, image_tokens, text, scale, bias, captions_per_image=captions, negatives="sample",
+        negative_offsets=offsets,
+    )  # fmt: skip
+    published = published_loss(pool, image_tokens, text, scale, bias, captions, offsets)
+    torch.testing.assert_close(ours, published, rtol=1e-10, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(published, inputs), strict=True
+    ):
+        assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+@pytest.mark.parametrize("negative_only", [False, True])
+def test_sampled_loss_is_the_dense_one_restricted_to_its_columns(negative_only):
+    torch.manual_seed(1)
+    images, captions, dim = 4, 3, 6
+    pool = random_pool(dim, 3)
+    image_tokens, text = randn(images, 5, dim), randn(images * captions, dim)
+    offsets = torch.randint(0, captions, (images, images - 1))
+    sampled = text_conditioned_sigmoid_loss(
+        pool, image_tokens, text, 5.0, -1.0, captions_per_image=captions, negatives="sample",
+        negative_offsets=offsets, negative_only=negative_only,
+    )  # fmt: skip
+    logits = 5.0 * pool.scores(image_tokens, text) - 1.0
+    total, columns = 0.0, captions + images - 1
+    for i in range(images):
+        offset = iter(offsets[i].tolist())
+        for j in range(images):
+            mine = i == j
+            for c in range(captions) if mine else [next(offset)]:
+                sign = 1 if mine and not negative_only else -1
+                total -= F.logsigmoid(sign * logits[i, j * captions + c]).item()
+    assert sampled.item() == pytest.approx(total / columns, rel=1e-12)
+
+
+def test_offsets_are_drawn_from_the_generator():
+    torch.manual_seed(2)
+    pool, image_tokens, text = random_pool(6, 2), randn(5, 3, 6), randn(20, 6)
+
+    def loss(**keywords) -> float:
+        return text_conditioned_sigmoid_loss(
+            pool, image_tokens, text, 5.0, -1.0, captions_per_image=4, negatives="sample",
+            **keywords,
+        ).item()  # fmt: skip
+
+    drawn = loss(generator=torch.Generator().manual_seed(3))
+    offsets = torch.randint(4, (5, 4), generator=torch.Generator().manual_seed(3))
+    assert drawn == loss(generator=torch.Generator().manual_seed(3))
+    assert drawn == loss(negative_offsets=offsets)
+    assert drawn != loss(generator=torch.Generator().manual_seed(4))
+    before = torch.get_rng_state()
+    loss(generator=torch.Generator())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------------------------------------
+# Blocks and memory
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_blocks_do_not_change_the_loss(sample, block_elements):
+    torch.manual_seed(3)
+    pool = random_pool(8, 2)
+    image_tokens, text = randn(4, 5, 8, grad=True), randn(12, 8, grad=True)
+    keywords: dict = {"captions_per_image": 3, "image_mask": torch.rand(4, 5) < 0.7}
+    if sample:
+        keywords |= {"negatives": "sample", "negative_offsets": torch.randint(0, 3, (4, 3))}
+    assert_same_with_gradients(
+        text_conditioned_sigmoid_loss(pool, image_tokens, text, 5.0, -1.0, **keywords),
+        text_conditioned_sigmoid_loss(
+            pool, image_tokens, text, 5.0, -1.0, **keywords, backend="reference"
+        ),
+        [image_tokens, text, *pool.parameters()],
+    )
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any tensor made while it is on has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            # A view with stride 0 (expand) holds nothing.
+            if isinstance(leaf, Tensor) and 0 not in leaf.stride():
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_nothing_of_size_images_x_captions_x_dim_exists(sample):
+    """Inside the operators too, whose insides a dispatch mode around the call does not see."""
+    torch.manual_seed(4)
+    images, captions, dim, heads = (96, 512, 32, 4) if not sample else (192, 384, 32, 4)
+    pool = random_pool(dim, heads, dtype=torch.float32)
+    image_tokens, text = randn(images, 9, dim, dtype=torch.float32), randn(captions, dim)
+    text = text.float()
+    index = None
+    if sample:
+        offsets = torch.randint(0, 2, (images, images - 1))
+        index = reference.text_conditioned_columns(images, 2, offsets)
+    columns = captions if index is None else index.shape[1]
+    with LargestTensor() as around:
+        projected = functional._projected(image_tokens, text, pool.weights(), None)
+    inside = engine.Pool(*(x.detach() for x in projected), None, heads, True)
+    with LargestTensor() as forward:
+        scores = engine.forward(inside, index)
+    with LargestTensor() as backward:
+        engine.backward(inside, index, torch.ones_like(scores), engine.Need(*[True] * 6))
+    with LargestTensor() as whole:
+        reference.text_conditioned_scores(image_tokens[:4], text, pool.weights(), heads)
+    assert whole.elements >= 4 * captions * dim  # the reference does make it: the mode sees it
+    bound = engine._BLOCK_ELEMENTS["cpu"]
+    assert bound < images * columns * dim / 2, "too small a case to tell"
+    for largest in (around, forward, backward):
+        assert largest.elements <= max(bound, image_tokens.numel() * 10 // 9, images * columns)
+
+
+@pytest.mark.parametrize("locked", ["image", "text", "pool", "tokens and text"])
+def test_gradients_nobody_wants_are_not_computed(locked, monkeypatch):
+    torch.manual_seed(5)
+    pool = random_pool(8, 2)
+    image_tokens = randn(3, 4, 8, grad=locked in ("text", "pool"))
+    text = randn(6, 8, grad=locked in ("image", "pool"))
+    pool.requires_grad_(locked != "pool")
+    needs = []
+    backward = engine.backward
+
+    def watched(pool, index, grad, need):
+        needs.append(need)
+        return backward(pool, index, grad, need)
+
+    monkeypatch.setattr(engine, "backward", watched)
+    text_conditioned_sigmoid_loss(
+        pool, image_tokens, text, 5.0, -1.0, captions_per_image=2
+    ).backward()
+    (need,) = needs
+    assert need.text == text.requires_grad
+    assert need.out_weight == need.out_bias == (locked != "pool")
+    assert need.q and need.k and need.v  # the projections before them want a gradient
+    for tensor in (image_tokens, text, *pool.parameters()):
+        assert (tensor.grad is not None) == tensor.requires_grad
+
+
+@pytest.mark.parametrize("need", torch.eye(6, dtype=torch.long).tolist())
+def test_each_gradient_alone_is_that_of_all_together(need):
+    torch.manual_seed(6)
+    q, k, v, text = randn(5, 6), randn(3, 4, 6), randn(3, 4, 6), randn(5, 6)
+    pool = engine.Pool(q, k, v, text, randn(6, 6), randn(6), None, 2, True)
+    grad = randn(3, 5)
+    together = engine.backward(pool, None, grad, engine.Need(*[True] * 6))
+    alone = engine.backward(pool, None, grad, engine.Need(*map(bool, need)))
+    for wanted, a, b in zip(need, alone, together, strict=True):
+        assert torch.equal(a, b) if wanted else a.numel() == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Edges
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_image_without_tokens_scores_zero_and_gets_no_gradient(device):
+    torch.manual_seed(7)
+    pool = random_pool(6, 2, device)
+    image_tokens = randn(3, 4, 6, device=device)
+    image_tokens[1] = torch.nan  # padding may hold anything
+    image_tokens[0, 3] = torch.inf
+    image_tokens.requires_grad_()
+    mask = torch.ones(3, 4, dtype=torch.bool, device=device)
+    mask[1], mask[0, 3] = False, False
+    scores = pool.scores(image_tokens, randn(5, 6, device=device), image_mask=mask)
+    assert not scores[1].any() and scores[0].all() and scores.isfinite().all()
+    scores.sum().backward()
+    assert image_tokens.grad is not None and image_tokens.grad.isfinite().all()
+    assert not image_tokens.grad[~mask].any() and image_tokens.grad[mask].all()
+    assert all(p.grad.isfinite().all() for p in pool.parameters())
+
+
+def test_a_zero_text_feature_scores_zero():
+    pool = random_pool(6, 2)
+    text = torch.zeros(1, 6, dtype=torch.float64, requires_grad=True)
+    scores = pool.scores(randn(2, 4, 6), text)
+    assert not scores.any()
+    scores.sum().backward()
+    assert text.grad is not None and not text.grad.any()
+
+
+def test_a_pooled_vector_of_zero_scores_zero():
+    pool = random_pool(6, 2)
+    with torch.no_grad():
+        pool.attn.out_proj.weight.zero_()
+        pool.attn.out_proj.bias.zero_()
+    tokens, text = randn(2, 4, 6, grad=True), randn(3, 6, grad=True)
+    scores = pool.scores(tokens, text)
+    assert not scores.any()
+    scores.sum().backward()
+    gradients = [tokens.grad, text.grad, *(p.grad for p in pool.parameters())]
+    assert all(g is not None and not g.any() for g in gradients)
+
+
+def test_pooled_vectors_below_the_floor_of_the_norm_follow_the_reference():
+    torch.manual_seed(8)
+    pool = random_pool(6, 2)
+    with torch.no_grad():
+        pool.attn.out_proj.weight.mul_(1e-13)
+        pool.attn.out_proj.bias.zero_()
+    tokens, text = randn(2, 4, 6, grad=True), randn(3, 6, grad=True)
+    assert_same_with_gradients(
+        pool.scores(tokens, text), pool.scores(tokens, text, backend="reference"), [tokens, text]
+    )
+
+
+def test_nan_gives_nan_and_no_error():
+    pool, tokens, text = random_pool(6, 2), randn(2, 4, 6), randn(3, 6)
+    tokens[0, 1, 2] = torch.nan
+    text[1, 0] = torch.nan
+    scores = pool.scores(tokens, text)
+    assert scores.isnan().tolist() == [[True] * 3, [False, True, False]]
+    (values, indices), _ = text_conditioned_topk(pool, tokens, text, 2)
+    assert values.isnan().tolist() == [[True, True], [True, False]]
+    assert ((indices >= 0) & (indices < 3)).all()
+
+
+def test_views_and_a_single_everything():
+    torch.manual_seed(9)
+    pool = random_pool(6, 2)
+    tokens, text = randn(6, 4, 3).mT[:, ::2].mT, randn(6, 5).T
+    tokens = randn(4, 6, 3).permute(2, 0, 1)
+    assert not tokens.is_contiguous() and not text.is_contiguous()
+    assert_close(pool.scores(tokens, text), pool.scores(tokens, text, backend="reference"))
+    one = randn(1, 1, 6, grad=True)
+    loss = text_conditioned_sigmoid_loss(
+        pool, one, text[:1], 2.0, 0.5, captions_per_image=1, negatives="sample"
+    )
+    expected = F.softplus(-(2.0 * pool.scores(one, text[:1])[0, 0] + 0.5))
+    assert_close(loss, expected)
+    assert pool.scores(tokens[:0], text).shape == (0, 5)
+    assert pool.scores(tokens, text[:0]).shape == (3, 0)
+    empty = text_conditioned_sigmoid_loss(
+        pool, tokens[:0], text[:0], 2.0, 0.5, captions_per_image=2
+    )
+    assert empty.item() == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_precision(device, dtype, autocast):
+    """At most 1.1 times the error that the published block itself has in this dtype."""
+    torch.manual_seed(10)
+    if autocast and dtype == torch.float32:
+        pytest.skip("autocast has no float32")
+    pool = TextConditionedPool(64, 4).to(device)
+    tokens, text = randn(8, 16, 64, device=device), randn(12, 64, device=device)
+    inputs = [x.to(torch.float32 if autocast else dtype) for x in (tokens, text)]
+    # The same rounded numbers, in float64.
+    exact_pool = TextConditionedPool(64, 4).to(device).double()
+    exact_pool.load_state_dict(pool.state_dict())
+    if not autocast:
+        pool = pool.to(dtype)
+        exact_pool.load_state_dict(pool.state_dict())
+    exact_inputs = [x.to(dtype).double().requires_grad_() for x in inputs]
+
+    def published(block: nn.Module, tokens: Tensor, text: Tensor) -> Tensor:
+        rows = [block(text[None], one[None], one[None])[0] for one in tokens]
+        pooled = F.normalize(
+            torch.stack(rows).to(torch.promote_types(text.dtype, torch.float32)), dim=-1
+        )
+        return (pooled * F.normalize(text.to(pooled.dtype), dim=-1)).sum(dim=-1)
+
+    def run(scores: Callable[[], Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        with torch.autocast(device, dtype if autocast else None, enabled=autocast):
+            value = scores()
+        gradients = torch.autograd.grad(value.square().sum(), inputs)
+        assert [g.dtype for g in gradients] == [x.dtype for x in inputs]
+        return [value.double(), *(g.double() for g in gradients)]
+
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = published(exact_pool, *exact_inputs)
+    exact = [exact, *torch.autograd.grad(exact.square().sum(), exact_inputs)]
+    got = run(lambda: pool.scores(*inputs), inputs)
+    eager = run(lambda: published(pool, *inputs), inputs)
+    assert pool.scores(*inputs).dtype == torch.float32
+    for ours, theirs, right in zip(got, eager, exact, strict=True):
+        error, eager_error = ((x - right).norm() / right.norm() for x in (ours, theirs))
+        assert error <= 1.1 * eager_error + 1e-7
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_backward_under_autocast_is_the_same(device):
+    """Autocast would reach into the operator's backward and round its products."""
+    pool = TextConditionedPool(16, 2).to(device)
+    tokens, text = (randn(*s, 16, device=device, dtype=torch.float32) for s in ((3, 5), (6,)))
+    gradients = []
+    for around in (False, True):
+        pool.zero_grad()
+        loss = text_conditioned_sigmoid_loss(pool, tokens, text, 5.0, -1.0, captions_per_image=2)
+        with torch.autocast(device, torch.bfloat16, enabled=around):
+            loss.backward()
+        gradients.append(pool.attn.out_proj.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_mixed_dtypes_promote():
+    pool = TextConditionedPool(8, 2)
+    tokens, text = randn(2, 3, 8, dtype=torch.bfloat16, grad=True), randn(4, 8, grad=True)
+    scores = pool.scores(tokens, text)
+    assert scores.dtype == torch.float64
+    scores.sum().backward()
+    assert tokens.grad is not None and tokens.grad.dtype == torch.bfloat16
+    assert pool.ln_q.weight.grad is not None and pool.ln_q.weight.grad.dtype == torch.float32
+    assert pool.scores(tokens, text.half()).dtype == torch.float32
+
+
+def test_the_same_bits_again():
+    torch.manual_seed(11)
+    pool = random_pool(16, 2, dtype=torch.float32)
+    tokens, text = (randn(*s, 16, dtype=torch.float32, grad=True) for s in ((9, 5), (27,)))
+    offsets = torch.randint(0, 3, (9, 8))
+
+    def run() -> tuple[Tensor, ...]:
+        loss = text_conditioned_sigmoid_loss(
+            pool, tokens, text, 5.0, -1.0, captions_per_image=3, negatives="sample",
+            negative_offsets=offsets,
+        )  # fmt: skip
+        return (loss, *torch.autograd.grad(loss, [tokens, text, *pool.parameters()]))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# Top-k
+# ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=seeds, rows=st.integers(0, 7), columns=st.integers(0, 7), k=st.integers(1, 9),
+    tile_rows=st.integers(1, 8), tile_columns=st.integers(1, 8),
+)  # fmt: skip
+def test_streaming_topk_is_the_reference(seed, rows, columns, k, tile_rows, tile_columns):
+    """A few distinct values, so that nearly everything ties; -inf and NaN among them."""
+    torch.manual_seed(seed)
+    values = torch.tensor([0.0, 1.0, 2.0, -torch.inf, torch.nan])
+    scores = values[torch.randint(0, 5, (rows, columns))]
+    tiles = []
+    for r in range(0, rows, tile_rows):
+        for c in range(0, columns, tile_columns):
+            part = slice(r, min(r + tile_rows, rows)), slice(c, min(c + tile_columns, columns))
+            tiles.append((*part, scores[part]))
+    got = streaming_topk((rows, columns), k, tiles, scores)
+    expected = [x for pair in reference.topk(scores, k) for x in pair]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(5, 9, 4), (3, 2, 0), (0, 4, 2), (4, 0, 2)])
+def test_topk_is_the_reference(device, shape, block_elements):
+    torch.manual_seed(12)
+    images, texts, length = shape
+    pool = random_pool(6, 2, device)
+    tokens, text = randn(images, length, 6, device=device), randn(texts, 6, device=device)
+    mask = torch.rand(images, length, device=device) < 0.7
+    got = text_conditioned_topk(pool, tokens, text, 3, image_mask=mask)
+    expected = text_conditioned_topk(pool, tokens, text, 3, image_mask=mask, backend="reference")
+    for (values, indices), (right_values, right_indices) in zip(got, expected, strict=True):
+        assert_close(values, right_values)
+        assert torch.equal(indices, right_indices)
+        assert not values.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------
+# An operator like PyTorch's own
+# ---------------------------------------------------------------------------------------------
+
+
+def operator_arguments(device: str) -> list[tuple]:
+    torch.manual_seed(13)
+    q, text = (randn(5, 6, device=device, grad=True) for _ in range(2))
+    k, v = (randn(3, 4, 6, device=device, grad=True) for _ in range(2))
+    weights = randn(6, 6, device=device, grad=True), randn(6, device=device, grad=True)
+    mask = torch.rand(3, 4, device=device) < 0.7
+    index = torch.randint(0, 5, (3, 4), device=device)
+    return [
+        (q, k, v, text, *weights, None, None, 2, True),
+        (q, k, v, text, *weights, mask, index, 3, False),
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    for arguments in operator_arguments(device):
+        torch.library.opcheck(ops.text_conditioned_scores, arguments)
+    for arguments in operator_arguments(device):
+        tensors = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+        grad = torch.ones(3, 5 if tensors[7] is None else 4, dtype=torch.float64, device=device)
+        need = [True, False, True, True, False, True]
+        torch.library.opcheck(ops.text_conditioned_scores_backward, (grad, *tensors, need))
+        for best in (2, 9):
+            topk_arguments = (*tensors[:7], *tensors[8:], best)
+            torch.library.opcheck(ops.text_conditioned_topk, topk_arguments)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_gradcheck(sample):
+    torch.manual_seed(14)
+    pool = random_pool(4, 2)
+    tokens, text = randn(2, 3, 4, grad=True), randn(4, 4, grad=True)
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (2.0, -1.0))
+    keywords: dict = {
+        "captions_per_image": 2,
+        "image_mask": torch.tensor([[1, 1, 1], [1, 0, 1]]) > 0,
+    }
+    if sample:
+        keywords |= {"negatives": "sample", "negative_offsets": torch.tensor([[1], [0]])}
+
+    def loss(tokens: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *weights: Tensor) -> Tensor:
+        return text_conditioned_loss_from_weights(
+            tokens, text, reference.PoolWeights(*weights), 2, scale, bias, **keywords
+        )
+
+    assert torch.autograd.gradcheck(loss, (tokens, text, scale, bias, *pool.weights()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("negatives", ["all", "sample"])
+def test_compiles_whole_and_once(device, negatives):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    pool = random_pool(8, 2, device)
+
+    def loss(tokens: Tensor, text: Tensor, scale: Tensor, offsets: Tensor | None) -> Tensor:
+        return text_conditioned_sigmoid_loss(
+            pool, tokens, text, scale, -1.0, captions_per_image=2, negatives=negatives,
+            negative_offsets=offsets,
+        )  # fmt: skip
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    counts = []
+    for images, length in ((3, 4), (4, 5), (6, 7), (9, 3)):
+        torch.manual_seed(images)
+        tokens = randn(images, length, 8, device=device, grad=True)
+        text = randn(images * 2, 8, device=device, grad=True)
+        scale = torch.tensor(3.0, device=device, requires_grad=True)
+        offsets = torch.randint(0, 2, (images, images - 1), device=device)
+        offsets = None if negatives == "all" else offsets
+        one, other = (f(tokens, text, scale, offsets) for f in (compiled, loss))
+        assert_same_with_gradients(one, other, [tokens, text, scale, *pool.parameters()])
+        counts.append(counter.frame_count)
+    assert counts[0] == 1 and len(set(counts[1:])) == 1, counts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_topk_compiles_whole_and_once(device):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    pool = random_pool(8, 2, device)
+    compiled = torch.compile(
+        lambda tokens, text: text_conditioned_topk(pool, tokens, text, 2),
+        backend=counter, fullgraph=True,
+    )  # fmt: skip
+    counts = []
+    for images, texts in ((3, 4), (5, 7), (6, 4), (8, 9)):
+        tokens, text = randn(images, 5, 8, device=device), randn(texts, 8, device=device)
+        got, expected = compiled(tokens, text), text_conditioned_topk(pool, tokens, text, 2)
+        for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+            torch.testing.assert_close(a, b)
+        counts.append(counter.frame_count)
+    assert counts[0] == 1 and len(set(counts[1:])) == 1, counts
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------
+
+BAD = {
+    "another dim": ({"text_features": torch.ones(4, 5)}, "same last dimension"),
+    "weights of another dim": (
+        {"image_tokens": torch.ones(2, 3, 6), "text_features": torch.ones(4, 6)},
+        r"weights.in_proj_weight \(24, 8\) must have shape \(18, 6\)",
+    ),
+    "2-D tokens": ({"image_tokens": torch.ones(2, 8)}, r"image_tokens must have shape"),
+    "a caption missing": ({"text_features": torch.ones(3, 8)}, "4 rows"),
+    "mask of another shape": ({"image_mask": torch.ones(2, 4) > 0}, r"image_mask.*\(2, 4\)"),
+    "unknown negatives": ({"negatives": "hard"}, "negatives must be one of"),
+    "offsets for all": ({"negative_offsets": torch.zeros(2, 1).long()}, 'negatives="sample"'),
+    "offsets of the wrong shape": (
+        {"negatives": "sample", "negative_offsets": torch.zeros(2, 2).long()},
+        r"negative_offsets must have shape",
+    ),
+    "offsets past K": (
+        {"negatives": "sample", "negative_offsets": torch.full((2, 1), 2)},
+        r"negative_offsets.*\[0, 2\)",
+    ),
+    "no captions": ({"captions_per_image": 0}, "captions_per_image must be at least 1"),
+    "a scale per text": ({"logit_scale": torch.ones(4)}, "logit_scale"),
+    "unknown backend": ({"backend": "cuda"}, "unknown backend"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    good: dict = {
+        "pool": TextConditionedPool(8, 2), "image_tokens": torch.ones(2, 3, 8),
+        "text_features": torch.ones(4, 8), "logit_scale": 1.0, "logit_bias": 0.0,
+        "captions_per_image": 2,
+    }  # fmt: skip
+    text_conditioned_sigmoid_loss(**good)
+    changes, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        text_conditioned_sigmoid_loss(**good | changes)
+
+
+def test_other_bad_input_is_named():
+    pool, tokens, text = TextConditionedPool(8, 2), torch.ones(2, 3, 8), torch.ones(4, 8)
+    with pytest.raises(ValueError, match=r"text_index.*\[0, 4\)"):
+        pool.scores(tokens, text, text_index=torch.full((2, 1), 4))
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        text_conditioned_topk(pool, tokens, text, 0)
+    with pytest.raises(TypeError, match="pool must be a TextConditionedPool"):
+        text_conditioned_sigmoid_loss(nn.Linear(8, 8), tokens, text, 1.0, 0.0, captions_per_image=2)
+    without_bias = TextConditionedPool(8, 2)
+    without_bias.attn = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+    with pytest.raises(TypeError, match=r"weights.in_proj_bias must be a tensor.*bias=True"):
+        without_bias.scores(tokens, text)
+    with pytest.raises(ValueError, match="num_heads must divide"):
+        text_conditioned_scores(tokens, text, pool.weights(), 3)
+
+
+def test_a_bad_text_index_that_nobody_looked_at_reads_nothing_outside(monkeypatch):
+    monkeypatch.setattr("fastgoal_kernels.checks.values_are_checked", lambda _: False)
+    pool, tokens, text = TextConditionedPool(8, 2), torch.ones(2, 3, 8), torch.ones(4, 8)
+    index = torch.tensor([[-(10**12), 10**12], [4, -1]])
+    assert pool.scores(tokens, text, text_index=index).isfinite().all()
+    loss = text_conditioned_sigmoid_loss(
+        pool, tokens, text, 1.0, 0.0, captions_per_image=2, negatives="sample",
+        negative_offsets=torch.tensor([[-(10**12)], [10**12]]),
+    )  # fmt: skip
+    assert loss.isfinite()
