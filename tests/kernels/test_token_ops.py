@@ -68,7 +68,6 @@ def assert_compiles_once(function, argument_lists) -> None:
     for arguments in argument_lists:
         torch.testing.assert_close(compiled(*arguments), function(*arguments))
         counts.append(counter.frame_count)
-    assert counts[0] == 1
     assert len(set(counts[1:])) == 1, f"graphs after each call: {counts}"
 
 
