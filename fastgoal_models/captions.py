@@ -18,29 +18,30 @@ _CLOSING = "\"'”’»)\\]}*_"
 _OPENING = "\"'“‘«(\\[{*_#•–—-"
 
 # A run of sentence ends with whatever closes around it, then the space at which to cut.
-_STOP = re.compile(rf"([.!?…]+)([{_CLOSING}]*)({_SPACE}+)")
+# A quote that stands alone closes what came before it.
+_STOP = re.compile(rf"([.!?…]+)((?:{_SPACE}*[{_CLOSING}])*)({_SPACE}+)")
 _LINE_BREAK = re.compile(rf"{_SPACE}*\n{_SPACE}*")
 _NEXT_WORD = re.compile(rf"[{_OPENING}]*(\w*)")
 _LAST_WORD = re.compile(r"\S*$")
+_INITIALS = re.compile(r"[^\W\d_](\.[^\W\d_])*")
+_BRACKETS_AND_QUOTES = "\"'“‘”’«»()[]{}*_"
 
-# Followed by a name or a number, so never the end of a sentence.
-_BEFORE_A_NAME = frozenset(
-    "mr mrs ms mx dr prof st mt ft gen col capt cmdr lt sgt rev hon sen rep gov pres messrs "
-    "no nos fig figs vol vols pp cf vs v approx ca circa est e.g i.e eg ie al".split()
-)  # fmt: skip
-# May end a sentence, but does so only where the next word could not go on with it.
+# End a sentence only where the next word could not go on with them.
 _ABBREVIATIONS = frozenset(
-    "jr sr inc ltd co corp bros dept ave blvd rd sq bldg etc a.m p.m am pm in ft yd mi cm mm km "
-    "oz lb lbs kg hr hrs min mins sec secs jan feb mar apr jun jul aug sep sept oct nov dec "
-    "mon tue tues wed thu thur thurs fri sat sun u.s u.k u.s.a d.c b.c a.d ph.d".split()
+    "mr mrs ms mx dr prof st mt ft gen col capt cmdr lt sgt rev hon sen rep gov pres messrs "
+    "no nos fig figs vol vols pp cf vs approx ca circa est e.g i.e eg ie al www "
+    "jr sr inc ltd co corp bros dept ave blvd rd sq bldg etc a.m p.m pm yd mi cm mm km "
+    "oz lb lbs kg hr hrs mins secs jan feb apr jun jul aug sep sept oct nov dec "
+    "u.s u.k u.s.a d.c b.c a.d ph.d".split()
 )  # fmt: skip
-# Words that open sentences and hardly ever go on after an initial ("the U.S. The", "J. Smith").
+# Words that open sentences and hardly ever follow an abbreviation or an initial ("the U.S. The").
 _OPENERS = frozenset(
     "a an the this that these those it its he she they we you i his her their our there here "
     "in on at to by of for from with under above behind beside between below near next around "
     "and but or so as if when while although though both each all some many most several two "
-    "three four five one another other others no not also however".split()
+    "three four five one another other others not also however".split()
 )  # fmt: skip
+_DOMAINS = frozenset(["com", "org", "net", "gov", "edu"])
 
 
 def split_sentences(caption: str) -> list[str]:
@@ -79,18 +80,17 @@ def _ends_sentence(caption: str, stop: re.Match[str]) -> bool:
     assert following is not None  # it matches the empty string
     next_word = following[1]
     goes_on = next_word[:1].islower()
-    if marks != ".":
+    if marks != "." or closing:
         return not goes_on
     before = _LAST_WORD.search(caption, 0, stop.start())
-    word = before[0].lstrip(_OPENING.replace("\\", "")).lower() if before else ""
-    if word in _BEFORE_A_NAME:
-        return False
-    if word in _ABBREVIATIONS or re.fullmatch(r"[^\W\d_](\.[^\W\d_])*", word):
+    assert before is not None
+    word = before[0].strip(_BRACKETS_AND_QUOTES).lower()
+    if word in _ABBREVIATIONS or _INITIALS.fullmatch(word):
         return next_word.lower() in _OPENERS and not goes_on
     if word.isdigit() and _opens_line(caption, stop.start() - len(word)):
         return False  # "1. A cat": the number of an item
-    if goes_on:
-        return not closing and len(word) > 1 and word.isalpha()
+    if goes_on:  # writers in a hurry start sentences small; web addresses are parted by mistake
+        return len(word) > 1 and word.isalpha() and next_word not in _DOMAINS
     return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from fastgoal_kernels import region_mean, span_mean
+
 from .positional import stretch_positional_embedding
 
 DEMO_CONFIG = Path(__file__).with_name("configs") / "demo.json"
@@ -68,7 +70,7 @@ class FastGoalModel(nn.Module):
         _check_towers(clip)
         self.clip = clip
         self.context_length = context_length
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+        self.tokenizer = _tokenizer(context_length)
         _stretch_text(clip, context_length)
 
     @classmethod
@@ -133,7 +135,10 @@ class FastGoalModel(nn.Module):
                 f"images must have shape (N, 3, {self.image_size}, {self.image_size}); "
                 f"got {tuple(images.shape)}"
             )
-        x = visual.transformer(visual._embeds(images))
+        x = visual.conv1(images).flatten(2).transpose(1, 2)
+        start = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([start, x], dim=1) + visual.positional_embedding.to(x.dtype)
+        x = visual.transformer(visual.ln_pre(x))
         patches = x[:, 1:]
         if visual.pool_type == "tok":
             return self.project_patches(x[:, 0]), patches
@@ -224,6 +229,12 @@ def _stack_texts(texts: Tensor, local_texts: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+@cache
+def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+    # Reading the merges takes longer than building a small model.
+    return open_clip.SimpleTokenizer(context_length=context_length)
+
+
 def _text_tower(clip: nn.Module) -> Any:
     # CLIP holds the parts of its text tower itself, CustomTextCLIP a module of them.
     return clip.text if isinstance(clip, open_clip.CustomTextCLIP) else clip
@@ -276,7 +287,7 @@ def _check_towers(clip: nn.Module) -> None:
         )
 
 
-def _stretch_text(clip: nn.Module, context_length: int) -> None:
+def _stretch_text(clip: Any, context_length: int) -> None:
     """Give the text tower `context_length` positions and a causal mask of that size, in place."""
     text = _text_tower(clip)
     positions: nn.Parameter = text.positional_embedding
@@ -284,10 +295,10 @@ def _stretch_text(clip: nn.Module, context_length: int) -> None:
         return
     stretched = stretch_positional_embedding(positions.detach(), context_length)
     text.positional_embedding = nn.Parameter(stretched, requires_grad=positions.requires_grad)
-    text.attn_mask = torch.full_like(
-        text.attn_mask[:1, :1].expand(context_length, context_length), -torch.inf
-    ).triu(1)
-    text.context_length = clip.context_length = context_length
+    mask = text.attn_mask.new_full((context_length, context_length), -torch.inf)
+    text.attn_mask = mask.triu(1)
+    for module in (text, clip):
+        module.context_length = context_length
     if hasattr(text, "num_pos"):
         text.num_pos = context_length
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -65,15 +65,15 @@ def match_pairs(
 
     Raises GlitError, naming it, for a picture that can not be read.
     """
-    tokenizer = _own(model, "tokenizer", tokenizer)
-    image_size = _own(model, "image_size", image_size)
+    tokenizer = tokenizer if tokenizer is not None else _own(model, "tokenizer")
+    image_size = image_size if image_size is not None else _own(model, "image_size")
+    module = model if isinstance(model, nn.Module) else nn.Module()
     if device is None:
-        weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        weight = next(module.parameters(), None)
         device = "cpu" if weight is None else weight.device
     images_at_once = max(1, batch_size // 5)
-    was_training = isinstance(model, nn.Module) and model.training
-    if was_training:
-        model.eval()
+    was_training = module.training
+    module.eval()
     matched: list[GlitRecord] = []
     try:
         with tqdm(
@@ -84,16 +84,14 @@ def match_pairs(
                 matched += _match(model, chunk, tokenizer, image_size, batch_size, device)
                 bar.update(len(chunk))
     finally:
-        if was_training:
-            model.train()
+        module.train(was_training)
     return matched
 
 
-def _own(model: Encoder, name: str, given):
-    value = given if given is not None else getattr(model, name, None)
-    if value is None:
-        raise TypeError(f"{type(model).__name__} has no {name}. Fix: give match_pairs {name}=…")
-    return value
+def _own(model: Encoder, name: str) -> Any:
+    if not hasattr(model, name):
+        raise TypeError(f"{type(model).__name__} has no {name}. Fix: give match_pairs {name}=...")
+    return getattr(model, name)
 
 
 def _match(

@@ -133,11 +133,8 @@ def _open_image(path: Path, decode: bool) -> tuple[Image.Image, int, int]:
     if path.stat().st_size == 0:
         raise _Skip("image is empty (zero bytes)", name)
     try:
-        with warnings.catch_warnings():
-            # Our own limit below speaks up at the size at which Pillow only warns.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
+        with Image.open(path) as image:
+            # Pillow itself only warns here, and refuses at twice the size.
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise _Skip(f"image has more than {limit:,} pixels", name)
@@ -217,8 +214,8 @@ def read_glit(
     not UTF-8 or not a JSON object (named by its number), an empty caption, sentences that are not
     the caption, a pair that names no sentence or no part of the picture, an id seen before, an
     image that leaves the data folder (absolute, `..`, a link), is missing, empty or corrupt, or
-    has too many pixels. `verify_images` decodes every picture, which finds files cut short; without it only
-    their headers are read.
+    has too many pixels. `verify_images` decodes every picture, which finds files cut short;
+    without it only their headers are read.
     """
     jsonl = Path(jsonl)
     folder = (jsonl.parent if root is None else Path(root)).resolve()
@@ -268,7 +265,9 @@ def _parse_line(number: int, line: bytes, folder: Path, verify_images: bool) -> 
         raise _Skip("line is not an object with an image", name)
     name = f"{name} ({row['image']})"
     caption = row.get("caption")
-    if not isinstance(caption, str) or not any(c.isalnum() for c in caption):
+    if not isinstance(caption, str) or not any(
+        c.isprintable() and not c.isspace() for c in caption
+    ):
         raise _Skip("caption is empty", name)
     try:
         caption.encode()
@@ -317,18 +316,18 @@ def _inside(folder: Path, image: str, name: str) -> Path:
 
 
 def _parse_pairs(
-    rows: object, sentences: int, width: int, height: int, name: str
+    rows: Any, sentences: int, width: int, height: int, name: str
 ) -> tuple[LocalPair, ...]:
     pairs = []
     try:
-        for row in rows:  # type: ignore[attr-defined]
-            box = tuple(float(x) for x in row["box"])
-            x1, y1, x2, y2 = box
-            pair = LocalPair(row["sentence"], (x1, y1, x2, y2), row["region"], float(row["score"]))
-            inside = 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
-            if not inside or pair.sentence not in range(sentences):
+        for row in rows:
+            x1, y1, x2, y2 = (float(x) for x in row["box"])
+            sentence, region, score = row["sentence"], str(row["region"]), float(row["score"])
+            # Detectors round their boxes to a little past the edge: it is enough to overlap.
+            overlaps = max(x1, 0) < min(x2, width) and max(y1, 0) < min(y2, height)
+            if not overlaps or type(sentence) is not int or not 0 <= sentence < sentences:
                 raise ValueError
-            pairs.append(pair)
+            pairs.append(LocalPair(sentence, (x1, y1, x2, y2), region, score))
     except (TypeError, ValueError, KeyError):
         raise _Skip("local pair names no sentence or no part of the picture", name) from None
     return tuple(pairs)
