@@ -18,7 +18,7 @@ The JSON it writes:
         status                 ok | unavailable | wrong | out of memory | failed | skipped
         reason                 why, when it is not ok
         parity                 largest relative error against float32: {scores | loss | gradients}
-        median_ms low_ms high_ms repeats       20th to 80th percentile around the median
+        median_ms low_ms high_ms best_ms repeats       with the 20th and 80th percentile
         extra_bytes            peak beyond the inputs and what the call returns
         tflop_s share_of_gemm  useful FLOP of the forward; null when a backward is included
 """
@@ -110,8 +110,8 @@ def measure_row(
 
 
 EMPTY_ROW = dict.fromkeys(
-    ("status", "reason", "parity", "median_ms", "low_ms", "high_ms", "repeats", "extra_bytes",
-     "tflop_s", "share_of_gemm")
+    ("status", "reason", "parity", "median_ms", "low_ms", "high_ms", "best_ms", "repeats",
+     "extra_bytes", "tflop_s", "share_of_gemm")
 )  # fmt: skip
 
 

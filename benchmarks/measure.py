@@ -26,11 +26,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports every
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call: the median, and the 20th and 80th percentile as its spread."""
+    """Milliseconds a call: the median, the 20th and 80th percentile as its spread, the best."""
 
     median_ms: float
     low_ms: float
     high_ms: float
+    best_ms: float
     repeats: int
 
     @classmethod
@@ -41,6 +42,7 @@ class Timing:
             median_ms=statistics.median(ordered),
             low_ms=ordered[round(0.2 * last)],
             high_ms=ordered[round(0.8 * last)],
+            best_ms=ordered[0],
             repeats=len(ordered),
         )
 
