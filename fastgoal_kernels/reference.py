@@ -38,7 +38,7 @@ def pad_tokens(tokens: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Ragged (total, D) tokens as padded (batch, longest, D) ones and their (batch, longest) mask."""
     items = [tokens[start:end] for start, end in pairwise(offsets.tolist())]
     if not items:
-        return tokens.new_zeros(0, 0, tokens.shape[-1]), tokens.new_zeros(0, 0, dtype=torch.bool)
+        return tokens[None, :0][:0], tokens.new_zeros(0, 0, dtype=torch.bool)
     lengths = torch.tensor([len(item) for item in items], device=tokens.device)
     padded = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
     return padded, torch.arange(padded.shape[1], device=tokens.device) < lengths[:, None]
@@ -56,7 +56,9 @@ def pack_tokens(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:
 # ---------------------------------------------------------------------------------------------
 
 
-def _with_mask(tokens: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+def _with_mask(
+    tokens: Tensor, mask: Tensor | None, offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Any input layout as (batch, longest, D) tokens, zero where the mask is False, and the mask."""
     if offsets is not None:
         return pad_tokens(tokens, offsets)
@@ -476,7 +478,9 @@ def span_mean(
         lengths = torch.full((num_texts,), context, device=tokens.device)
     wide = tokens.to(score_dtype(tokens.dtype))
     means = []
-    for text, (start, end) in zip(span_text.tolist(), spans.clamp(0, context).tolist(), strict=True):
+    for text, (start, end) in zip(
+        span_text.tolist(), spans.clamp(0, context).tolist(), strict=True
+    ):
         if end <= start:
             end = min(max(int(lengths[text]), 1), context)
             start = end - 1
@@ -489,7 +493,9 @@ def token_similarity_loss(pooled: Tensor, local: Tensor, *, mode: str = "diagona
     cosine = feature_scores(pooled, local, normalize=True)
     if mode == "diagonal":
         return (cosine.diagonal() - 1).square().mean()
-    return (cosine - torch.eye(len(cosine), dtype=cosine.dtype, device=cosine.device)).square().mean()
+    return (
+        (cosine - torch.eye(len(cosine), dtype=cosine.dtype, device=cosine.device)).square().mean()
+    )
 
 
 def farthest_point_sampling(

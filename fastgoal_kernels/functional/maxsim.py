@@ -62,9 +62,7 @@ def _check_side(
         assert isinstance(offsets, Tensor)
         if max_tokens is not None:
             if not isinstance(max_tokens, int) or max_tokens < 0:
-                raise ValueError(
-                    f"max_{side}_tokens must be a Python int >= 0; got {max_tokens!r}"
-                )
+                raise ValueError(f"max_{side}_tokens must be a Python int >= 0; got {max_tokens!r}")
             if values_are_checked(offsets) and len(offsets) > 1:
                 longest = int(offsets.diff().max())
                 if longest > max_tokens:

@@ -23,12 +23,16 @@ from .token_rows import TokenRows, winner_dtype
 _TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 # Bag entries (an index and a weight) held at once in the backward.
 _BAG_ENTRIES = 1 << 18
+# Elements of the sums of those bags.
+_SUM_ELEMENTS = 1 << 19
 
 
 class _Padded:
     """One side as (items, longest, D) with a mask, whatever layout it came in."""
 
     def __init__(self, side: TokenRows, longest: int):
+        self.rows, self.items, self.longest = side.rows, side.items, longest
+        self.full = side.full
         # Row positions that no item has read row 0; the mask keeps them out of everything.
         position = torch.arange(longest, device=side.rows.device)
         index = side.starts[:, None] + position
@@ -37,25 +41,19 @@ class _Padded:
         weight = torch.where(inside, side.row_weight[self.row], 0.0)
         self.weight = weight.to(score_dtype(side.rows.dtype))
         self.live = weight != 0
-        self.all_live = bool(self.live.all()) if side.rows.device.type == "cpu" else False
-        self.tokens = side.rows.view(side.items, longest, -1) if self.all_live else None
-        self.rows = side.rows
-        self.items, self.longest = side.items, longest
 
     def chunk(self, first: int, last: int) -> Tensor:
         """(rows, D) tokens of items first to last, and how many rows an item has there."""
-        if self.tokens is not None:
-            return self.tokens[first:last].flatten(0, 1)
+        if self.full:
+            return self.rows[first * self.longest : last * self.longest]
         return self.rows[self.row[first:last].flatten()]
 
 
 def _longest(side: TokenRows) -> int:
-    """The longest item, exactly. Of ragged input this makes a CUDA device synchronise."""
+    """The longest item, exactly. Of masked or ragged input a CUDA device synchronises for it."""
     if side.items == 0 or side.total == 0:
         return 0
-    if side.longest * side.items == side.total:  # padded
-        return side.longest
-    return int(side.lengths.max())
+    return side.longest if side.full else int(side.lengths.max())
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -107,9 +105,9 @@ def forward(
             j_end = min(j + step_t, texts.items)
             tile = _product(t.chunk(j, j_end), v_chunk)
             tile = tile.view(j_end - j, longest_t, i_end - i, longest_v)  # (j, q, i, r)
-            if not v.all_live:
+            if not v.full:
                 tile.masked_fill_(~v.live[None, None, i:i_end], -torch.inf)
-            if not t.all_live:
+            if not t.full:
                 tile.masked_fill_(~t.live[j:j_end, :, None, None], -torch.inf)
             if want_t2i:
                 best, winner = tile.max(dim=3)  # (j, q, i)
@@ -144,7 +142,7 @@ def _weighted(best: Tensor, weight: Tensor, dim: int) -> Tensor:
 def _put(winners: Tensor, chunk: Tensor, side: _Padded, first: int, last: int) -> None:
     """Write (keys, items, longest) winners of a chunk of items to their rows of (keys, rows)."""
     chunk = chunk.to(winners.dtype)
-    if side.tokens is not None:
+    if side.full:
         winners[:, first * side.longest : last * side.longest] = chunk.flatten(1)
     else:
         live = side.live[first:last]
@@ -177,7 +175,9 @@ def _side_gradient(
     dtype = score_dtype(own.rows.dtype)
     gradient = torch.zeros(own.rows.shape, dtype=dtype, device=own.rows.device)
     if gradient.numel() and other.total:
-        table = torch.where((other.row_weight != 0)[:, None], other.rows, 0).to(dtype)
+        table = other.rows.to(dtype)
+        if not other.full:  # a NaN in padding would survive a weight of 0
+            table = torch.where((other.row_weight != 0)[:, None], table, 0)
         if gather:
             _gather(gradient, table, own, other, *gather)
         if scatter:
@@ -190,7 +190,7 @@ def _gather(
 ) -> None:
     """Row q gets w_q * sum over other items x of g[item of q, x] * table[winner of q in x]."""
     grad = torch.where(other.lengths > 0, grad, 0)
-    step = max(1, _BAG_ENTRIES // other.items)
+    step = max(1, min(_BAG_ENTRIES // other.items, _SUM_ELEMENTS // table.shape[1]))
     for first in range(0, own.total, step):
         rows = slice(first, first + step)
         index = (winners[:, rows].long() + other.starts[:, None]).T
@@ -207,7 +207,9 @@ def _scatter(
     """Own row k of item x gets the sum of g[x, item of s] * w_s * table[s] over its queries s."""
     live = (other.row_weight != 0) & (own.lengths > 0)[:, None]
     longest = _longest(own)
-    step = max(1, _BAG_ENTRIES // other.total)
+    if longest == 0:
+        return
+    step = max(1, min(_BAG_ENTRIES // other.total, _SUM_ELEMENTS // (longest * table.shape[1])))
     edges = torch.arange(longest + 1, device=table.device)
     position = torch.arange(longest, device=table.device)
     for first in range(0, own.items, step):
@@ -223,5 +225,8 @@ def _scatter(
             order.flatten(), table, (bounds + offset).flatten(), mode="sum",
             per_sample_weights=share.flatten().to(table.dtype),
         ).view(len(winner), longest + 1, -1)[:, :longest]  # fmt: skip
-        inside = position < own.lengths[items, None]
-        gradient[(own.starts[items, None] + position)[inside]] += sums[inside]
+        if own.full:
+            gradient.view(own.items, longest, -1)[items] += sums
+        else:
+            inside = position < own.lengths[items, None]
+            gradient[(own.starts[items, None] + position)[inside]] += sums[inside]

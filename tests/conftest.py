@@ -1,0 +1,33 @@
+"""What every test shares: a quiet, repeatable hypothesis and IEEE float32 products."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Examples are derived from the test alone, so that a red run is red again.
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _ieee_products():
+    """Parity is argued for IEEE float32; TF32 has tests of its own where it matters."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def pytest_report_header(config) -> str:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return f"torch {torch.__version__}, {device}" + (", Triton interpreted" * interpreted)
