@@ -57,8 +57,8 @@ class _AllGather(torch.autograd.Function):
         return everyone
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad = grad.contiguous()
+    def backward(ctx, *grads):
+        grad = grads[0].contiguous()
         if grad.device.type == "cpu":  # gloo can not reduce_scatter in every torch we support
             grad = grad.clone()  # the engine may hand the same tensor to others
             dist.all_reduce(grad, group=ctx.group)

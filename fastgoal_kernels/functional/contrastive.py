@@ -23,25 +23,23 @@ from .precision import as_scalar, of_one_dtype, without_autocast
 
 
 def check_features(
-    image_features: object,
-    text_features: object,
-    logit_scale: object,
-    logit_bias: object,
-    pair_mask: object = None,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    pair_mask: Tensor | None = None,
     *,
     bias_is_optional: bool = True,
 ) -> None:
     """Shapes, dtypes and devices of what both losses take."""
     check_tensor("image_features", image_features, 2, "(num_images, dim)")
     check_tensor("text_features", text_features, 2, "(num_texts, dim)")
-    assert isinstance(image_features, Tensor) and isinstance(text_features, Tensor)
     check_same_dim("image_features", image_features, "text_features", text_features)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias, allow_none=bias_is_optional)
     if pair_mask is not None:
         pairs = (image_features.shape[0], text_features.shape[0])
         check_mask("pair_mask", pair_mask, "(num_images, num_texts)", pairs)
-        assert isinstance(pair_mask, Tensor)
     check_same_device(
         "image_features", image_features, text_features=text_features, pair_mask=pair_mask
     )

@@ -30,9 +30,9 @@ from ..reference import score_dtype
 _TILE_ELEMENTS = {"cpu": 1 << 19}
 _TILE_ELEMENTS_ON_GPU = 1 << 24
 
-# mm(out_dtype=...) came with torch 2.8, for CUDA only. Before it, half features are widened, which
+# mm(out_dtype=...) came with torch 2.8, for NVIDIA only. Elsewhere half features are widened, which
 # is as exact and slower.
-_HALF_PRODUCT_TO_FLOAT = "dtype" in torch.ops.aten.mm.overloads()
+_HALF_PRODUCT_TO_FLOAT = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from fastgoal_kernels.modules import ClipLoss, SigLipLoss
 
 WORLD = 3  # an odd ring; ranks 0 and 1 also form a group of two, an even one
 IMAGES, CAPTIONS, DIM = 5, 2, 4
+TIMEOUT = 400  # seconds: most of it is three interpreters importing torch
 SCALE, BIAS = 6.0, -1.5
 
 CLIP_CASES = [
@@ -148,11 +150,7 @@ def expected_sigmoid(size: int, frozen: str, captions: int, average_over: str):
     return towers, scale_and_bias, losses
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("ranks")
+def start_ranks(folder: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":  # else gloo looks up the host's name, which need not resolve
         environment["GLOO_SOCKET_IFNAME"] = "lo"
@@ -164,13 +162,37 @@ def ranks(tmp_path_factory) -> list[dict]:
         for rank in range(WORLD)
     ]  # fmt: skip
     try:
-        errors = [process.communicate(timeout=180)[1] for process in processes]
+        errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+        if any(process.returncode for process in processes):
+            (folder / "failed").write_text("\n".join(errors))
+    except subprocess.TimeoutExpired:
+        (folder / "failed").write_text(f"the ranks took more than {TIMEOUT} s")
     finally:
         for process in processes:
             process.kill()
+        (folder / "done").touch()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """What every rank computed. Of several pytest workers one starts the ranks, the others wait."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "ranks"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        limit = time.monotonic() + 2 * TIMEOUT
+        while not (folder / "done").exists() and time.monotonic() < limit:
+            time.sleep(0.1)
+    else:
+        start_ranks(folder)
     if (folder / "unavailable").exists():
         pytest.skip("gloo can not start here: " + (folder / "unavailable").read_text())
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
+    assert not (folder / "failed").exists(), (folder / "failed").read_text()
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
