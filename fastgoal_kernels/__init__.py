@@ -23,9 +23,12 @@ from .functional import (
     text_conditioned_topk,
     token_similarity_loss,
 )
+from .integrations import patch_hf_clip, patch_open_clip, unpatch_hf_clip, unpatch_open_clip
 from .modules import (
+    ClipLoss,
     FastGoalLoss,
     HierarchicalAlignmentLoss,
+    SigLipLoss,
     TextConditionedPool,
     TextConditionedSigmoidLoss,
     TokenSimilarityLoss,
@@ -35,8 +38,10 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "BackendError",
+    "ClipLoss",
     "FastGoalLoss",
     "HierarchicalAlignmentLoss",
+    "SigLipLoss",
     "TextConditionedPool",
     "TextConditionedSigmoidLoss",
     "TokenSimilarityLoss",
@@ -49,6 +54,8 @@ __all__ = [
     "maxsim_scores",
     "maxsim_topk",
     "pack_tokens",
+    "patch_hf_clip",
+    "patch_open_clip",
     "region_mean",
     "sigmoid_contrastive_loss",
     "soft_cluster_pool",
@@ -56,5 +63,7 @@ __all__ = [
     "text_conditioned_sigmoid_loss",
     "text_conditioned_topk",
     "token_similarity_loss",
+    "unpatch_hf_clip",
+    "unpatch_open_clip",
     "use_backend",
 ]
