@@ -1,0 +1,471 @@
+"""Fine-tuning with the FAST-GOAL loss: one loop, exactly resumable.
+
+Everything that decides the next step is either a pure function of the step's number (which records
+it reads, its learning rate) or part of the checkpoint (weights, AdamW's moments, random-number
+states). So a run that was stopped anywhere and resumed walks the same path as one that never was:
+on a CPU, with as many threads, to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from fastgoal_kernels import FastGoalLoss
+
+from .checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    write_text_atomically,
+)
+from .fast_goal import FastGoalBatch, FastGoalModel
+from .glit import collate
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+# These say where and how often to write, or how fast to read: a resumed run may change them.
+_FREE_TO_CHANGE = ("out", "save_every", "keep", "num_workers")
+
+
+class ConfigError(ValueError):
+    """A training option makes no sense; the message names it."""
+
+
+class TrainingError(RuntimeError):
+    """Training can not start or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on besides its model and its data.
+
+    `steps` or `epochs`, exactly one of them. An epoch is ⌊records / batch_size⌋ steps over a fresh
+    permutation; the records left over sit out that epoch. Raises ConfigError for values that make
+    no sense.
+    """
+
+    out: Path  # checkpoints/ and log.jsonl go here
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 32
+    learning_rate: float = 1e-5  # the peak
+    weight_decay: float = 0.05
+    decay_all: bool = False  # also norms, biases and the logit scale, as the published code does
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    warmup: float = 0.05  # share of the steps over which the learning rate rises from zero
+    clip_norm: float | None = 1.0  # largest norm of the whole gradient; None: no clipping
+    max_logit_scale: float | None = 100.0  # CLIP's clamp; None: no clamp
+    global_weight: float = 1.0
+    local_weight: float = 0.5
+    tsl_weight: float = 1.0
+    precision: str = "auto"  # bf16 autocast where a CUDA device has it, else float32
+    seed: int = 0
+    save_every: int | None = None  # steps between checkpoints; None: only at the end
+    keep: int | None = 2  # newest checkpoints to keep; None: all
+    num_workers: int = 0  # processes that read images
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError("give steps or epochs, one of the two")
+        at_least_one = ("steps", "epochs", "batch_size", "save_every", "keep")
+        not_negative = ("learning_rate", "weight_decay", "num_workers", "seed")
+        positive = ("eps", "clip_norm", "max_logit_scale")
+        for names, is_good, wanted in (
+            (at_least_one, lambda value: value >= 1, "at least 1"),
+            (not_negative, lambda value: value >= 0, "0 or more"),
+            (positive, lambda value: value > 0, "above 0"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_good(value):
+                    raise ConfigError(f"{name} must be {wanted}; got {value}")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup is a share of the steps, in [0, 1); got {self.warmup}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision must be one of {PRECISIONS}; got {self.precision!r}")
+
+    @classmethod
+    def published(cls, out: Path, **changes: Any) -> TrainConfig:
+        """The published recipe (arXiv 2605.26615 and GOAL's code); `changes` override fields.
+
+        AdamW at 5e-6 with weight decay 0.05 on every parameter, cosine to zero without warm-up, no
+        clipping, no clamp on the scale, ten epochs of batches of 256.
+        """
+        published: dict[str, Any] = {
+            "epochs": None if changes.get("steps") is not None else 10,
+            "batch_size": 256,
+            "learning_rate": 5e-6,
+            "weight_decay": 0.05,
+            "decay_all": True,
+            "betas": (0.9, 0.999),
+            "warmup": 0.0,
+            "clip_norm": None,
+            "max_logit_scale": None,
+        }
+        return cls(out=out, **(published | changes))
+
+
+class StepRecord(NamedTuple):
+    """One optimizer step, as `on_step` gets it and as `log.jsonl` keeps it."""
+
+    step: int  # from 1
+    total_steps: int
+    losses: dict[str, float]  # "loss", then the weighted parts it is the sum of
+    gradient_norm: float  # before clipping
+    logit_scale: float  # the multiplier, after the step
+    learning_rate: float
+    seconds: float
+
+
+class TrainResult(NamedTuple):
+    step: int
+    total_steps: int
+    interrupted: bool  # by Ctrl-C; what was done is saved
+    checkpoint: Path
+
+
+class Records(Protocol):
+    """A map-style dataset whose items `collate` takes; item i must always be the same."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def default_device() -> torch.device:
+    """CUDA where there is a GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(
+    model: FastGoalModel,
+    dataset: Records,
+    config: TrainConfig,
+    *,
+    device: torch.device | str | None = None,
+    resume: bool | Path = False,
+    identity: Mapping[str, Any] | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> TrainResult:
+    """Fine-tune `model` in place; write `log.jsonl` and `checkpoints/` below `config.out`.
+
+    Ctrl-C lets the current step finish, saves, and returns with `interrupted=True` (a second one
+    stops at once, without saving).
+
+    Args:
+        model: moved to `device`; parameters with requires_grad=False stay as they are.
+        dataset: at least `config.batch_size` items.
+        device: default CUDA where there is a GPU, else the CPU.
+        resume: True continues from the newest complete checkpoint below `config.out`, a path from
+            that one. False starts afresh, and refuses to where checkpoints are.
+        identity: what else a resumed run must agree on, e.g. the model's name and a digest of the
+            data; plain JSON values.
+        on_step: called after each step.
+
+    Raises:
+        TrainingError: too few records, checkpoints in the way, a loss that is not finite (the
+            weights since the last checkpoint are then lost on purpose).
+        CheckpointError: nothing to resume from, a damaged checkpoint, or one of a run that was
+            started differently; the message names the fields.
+    """
+    device = default_device() if device is None else torch.device(device)
+    total = _total_steps(config, len(dataset))
+    folder, log_path = config.out / "checkpoints", config.out / "log.jsonl"
+    run = _run_identity(config, {"records": len(dataset), **(identity or {})})
+
+    torch.manual_seed(config.seed)
+    random.seed(config.seed)
+    model.to(device).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = _optimizer(trained, config, device)
+    loss_fn = FastGoalLoss(config.global_weight, config.local_weight, config.tsl_weight)
+    done, saved = 0, None
+    if resume is not False:
+        checkpoint = _find_checkpoint(folder, resume, run)
+        _restore(checkpoint, model, optimizer, device)
+        done, saved = checkpoint.step, checkpoint.path
+    elif latest_checkpoint(folder) is not None:
+        raise TrainingError(f"{folder} already holds checkpoints: resume, or choose another folder")
+    _keep_log_until(log_path, done)
+
+    loader = _loader(dataset, config, done, total, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
+    with log_path.open("a", encoding="utf-8") as log, _deferred_interrupt() as interrupted:
+        began = time.perf_counter()
+        for step, batch in enumerate(loader, done + 1):
+            rate = learning_rate(step, total, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with autocast:
+                parts = loss_fn(**model(_without_padding(batch).to(device)), output_dict=True)
+                loss = torch.stack(list(parts.values())).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            if config.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(trained, config.clip_norm, norm)
+            optimizer.step()
+            if config.max_logit_scale is not None:
+                with torch.no_grad():
+                    model.clip.logit_scale.clamp_(max=math.log(config.max_logit_scale))
+
+            values = _to_floats(
+                {"loss": loss, **parts}, norm, model.clip.logit_scale
+            )  # waits for the device
+            now = time.perf_counter()
+            record = StepRecord(step, total, *values, learning_rate=rate, seconds=now - began)
+            began = now
+            if not math.isfinite(record.losses["loss"]) or not math.isfinite(record.gradient_norm):
+                raise TrainingError(_not_finite(record, saved))
+            done = step
+            log.write(json.dumps(record._asdict()) + "\n")
+            log.flush()
+            if on_step is not None:
+                on_step(record)
+            stop = interrupted.is_set()
+            if stop or done == total or (config.save_every and done % config.save_every == 0):
+                os.fsync(log.fileno())
+                state = {"optimizer": optimizer.state_dict(), "random": _random_states(device)}
+                weights = model.state_dict()
+                saved = save_checkpoint(folder, done, weights, state, run, keep=config.keep)
+            if stop:
+                break
+    assert saved is not None  # at least one step was made, or the checkpoint had them all
+    return TrainResult(done, total, done < total, saved)
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The rate of step 1 ... total: a linear rise over the warm-up, then half a cosine to zero.
+
+    Without warm-up, step s uses the cosine at (s - 1) / total, as PyTorch's CosineAnnealingLR
+    stepped once a step: the first step has the whole rate, the last almost none.
+    """
+    warmup = math.ceil(config.warmup * total)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - 1 - warmup) / (total - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class BatchOrder(Sampler[list[int]]):
+    """The record numbers of steps `start + 1` to `stop`: a function of the seed and the step alone.
+
+    Each epoch is cut from its own permutation, drawn from (seed, epoch); nothing needs to be
+    replayed or stored to start in the middle.
+    """
+
+    def __init__(self, records: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+        self.records, self.batch_size, self.seed = records, batch_size, seed
+        self.steps = range(start, stop)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch = self.records // self.batch_size
+        epoch, order = -1, []
+        for step in self.steps:
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                # Mixed through a string, so that (seed, epoch) and (seed + 1, epoch - 1) differ.
+                generator = torch.Generator()
+                generator.manual_seed(random.Random(f"{self.seed}/{epoch}").getrandbits(63))
+                order = torch.randperm(self.records, generator=generator).tolist()
+            first = step % per_epoch * self.batch_size
+            yield order[first : first + self.batch_size]
+
+
+def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the forward pass runs under bf16 autocast ("auto": where a CUDA device has bf16)."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def read_log(out: Path) -> list[StepRecord]:
+    """The steps that `train` logged in `out/log.jsonl`, in order; a half-written line ends it."""
+    records = []
+    path = Path(out) / "log.jsonl"
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(StepRecord(**json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return records
+
+
+def _total_steps(config: TrainConfig, records: int) -> int:
+    per_epoch = records // config.batch_size
+    if per_epoch == 0:
+        raise TrainingError(
+            f"{records} usable records do not fill one batch of {config.batch_size}; "
+            f"use a batch size of at most {records}"
+            if records
+            else "there is no usable record to train on"
+        )
+    return config.steps if config.steps is not None else (config.epochs or 0) * per_epoch
+
+
+def _run_identity(config: TrainConfig, more: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resumed run must agree on, as it looks after a trip through JSON."""
+    fixed = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
+    return json.loads(json.dumps(fixed | dict(more)))
+
+
+def _optimizer(
+    trained: list[nn.Parameter], config: TrainConfig, device: torch.device
+) -> torch.optim.AdamW:
+    # Vectors and scalars are norms, biases, the class embedding and the logit scale: pulling those
+    # to zero is not regularisation.
+    matrices = [p for p in trained if config.decay_all or p.ndim >= 2]
+    vectors = [p for p in trained if not (config.decay_all or p.ndim >= 2)]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=device.type in ("cuda", "cpu"),
+    )
+
+
+def _loader(
+    dataset: Records, config: TrainConfig, done: int, total: int, device: torch.device
+) -> DataLoader[Any]:
+    return DataLoader(
+        cast(Any, dataset),  # typed as its own Dataset, it takes anything with a length and items
+        batch_sampler=BatchOrder(len(dataset), config.batch_size, config.seed, done, total),
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+        # Of its own: the loader draws a seed when it starts, which a resumed run does once more.
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_interrupts,
+    )
+
+
+def _without_padding(batch: FastGoalBatch) -> FastGoalBatch:
+    """The batch with its texts cut after their longest, which changes no result.
+
+    The text tower is causal: what stands behind the end token (the highest id) is never read.
+    """
+    longest = int(batch.lengths.max())
+    local = int(batch.local_texts.argmax(dim=1).max()) + 1
+    return batch._replace(texts=batch.texts[:, :longest], local_texts=batch.local_texts[:, :local])
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    # A terminal sends Ctrl-C to every process; the loop still needs its readers for the last step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a flag; the second one interrupts as always."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may set signal handlers
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(_signal: int, _frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _to_floats(
+    losses: Mapping[str, Tensor], norm: Tensor, log_scale: Tensor
+) -> tuple[dict[str, float], float, float]:
+    """Losses, gradient norm and logit scale as Python floats, in one transfer."""
+    scalars = [*losses.values(), norm, log_scale.exp()]
+    *parts, norm_value, scale = torch.stack([v.detach().float() for v in scalars]).tolist()
+    return dict(zip(losses, parts, strict=True)), norm_value, scale
+
+
+def _not_finite(record: StepRecord, saved: Path | None) -> str:
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in record.losses.items())
+    kept = f"the last good checkpoint is {saved}" if saved else "no checkpoint was written yet"
+    return (
+        f"the loss is not finite at step {record.step} ({parts}; gradient norm "
+        f"{record.gradient_norm}); {kept}. A smaller learning rate may help"
+    )
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _find_checkpoint(folder: Path, resume: bool | Path, run: Mapping[str, Any]) -> Checkpoint:
+    path = latest_checkpoint(folder) if isinstance(resume, bool) else resume
+    if path is None:
+        raise CheckpointError(f"{folder} holds no complete checkpoint to resume from")
+    checkpoint = load_checkpoint(path)
+    names = sorted(run.keys() | checkpoint.config.keys())
+    differing = [
+        f"{name} was {checkpoint.config.get(name)!r}, is now {run.get(name)!r}"
+        for name in names
+        if checkpoint.config.get(name) != run.get(name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path} belongs to a run that was started differently: {'; '.join(differing)}. "
+            "Resume with the old values, or start again in another folder"
+        )
+    return checkpoint
+
+
+def _restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> None:
+    try:
+        model.load_state_dict(checkpoint.weights)
+        optimizer.load_state_dict(checkpoint.state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
+    states = checkpoint.state["random"]
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _keep_log_until(path: Path, step: int) -> None:
+    """Drop what was logged after `step`: those steps are about to be made again."""
+    kept = [record for record in read_log(path.parent) if record.step <= step]
+    lines = "".join(json.dumps(record._asdict()) + "\n" for record in kept)
+    write_text_atomically(path, lines)

@@ -1,0 +1,150 @@
+"""Recall@K: by hand on small matrices, and alike however it is computed."""
+
+import pytest
+import torch
+from PIL import Image
+
+from fastgoal_models import FastGoalModel, GlitRecord
+from fastgoal_models.glit import image_tensor, load_image
+from fastgoal_models.retrieval import (
+    evaluate,
+    feature_recall,
+    first_right_ranks,
+    recall_at_k,
+)
+
+NAN = float("nan")
+
+
+def test_ranks_by_hand():
+    scores = torch.tensor(
+        [
+            [0.9, 0.1, 0.2],  # right and best
+            [0.9, 0.1, 0.2],  # right and last
+            [0.5, 0.5, 0.2],  # a tie counts against: second
+            [0.5, 0.5, 0.5],  # all alike: last
+            [0.1, 0.9, 0.8],  # two right ones: the better one counts
+        ]
+    )
+    right = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 1]]).bool()
+    assert first_right_ranks(scores, right).tolist() == [1, 3, 2, 3, 2]
+
+
+def test_nan_never_helps():
+    scores = torch.tensor([[NAN, 0.1], [0.3, NAN], [NAN, NAN], [0.5, NAN]])
+    right = torch.tensor([[True, False], [True, False], [True, False], [True, True]])
+    # Wrong or right, a NaN stands before the right answer; the last row's other answer is right.
+    assert first_right_ranks(scores, right).tolist() == [2, 2, 2, 1]
+
+
+def test_minus_infinity_is_an_ordinary_score():
+    scores = torch.tensor([[-torch.inf, -torch.inf, -1.0]])
+    assert first_right_ranks(scores, torch.tensor([[True, False, False]])).tolist() == [3]
+
+
+def test_bad_ranks_input():
+    with pytest.raises(ValueError, match=r"queries \[1\] have none"):
+        first_right_ranks(torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]))
+    with pytest.raises(ValueError, match="both have shape"):
+        first_right_ranks(torch.zeros(2, 2), torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_both_directions_by_hand():
+    scores = torch.tensor(
+        [  # texts:  a    b    c
+            [0.9, 0.8, 0.1],
+            [0.2, 0.7, 0.6],
+            [0.3, 0.1, 0.5],
+        ]
+    )
+    found = recall_at_k(scores, ks=(1, 2))
+    # texts: a first, b second (0.8 beats 0.7), c second; images: first, first, first
+    assert found.text_to_image == {1: pytest.approx(1 / 3), 2: 1.0}
+    assert found.image_to_text == {1: 1.0, 2: 1.0}
+    assert (found.num_texts, found.num_images) == (3, 3)
+
+
+def test_several_captions_and_a_picture_without_any():
+    """Texts 0 and 1 tell of picture 0, text 2 of picture 1; picture 2 only distracts."""
+    scores = torch.tensor([[0.1, 0.9, 0.8], [0.3, 0.2, 0.7], [0.5, 0.1, 0.2]])
+    found = recall_at_k(scores, ks=(1, 2), text_image=torch.tensor([0, 0, 1]))
+    # text 0: its picture's 0.1 is behind 0.5 and 0.3; text 1: first; text 2: 0.7 behind 0.8
+    assert found.text_to_image == {1: pytest.approx(1 / 3), 2: pytest.approx(2 / 3)}
+    # picture 0: text 1 is first; picture 1: text 2 is first; picture 2 asks nothing
+    assert found.image_to_text == {1: 1.0, 2: 1.0}
+    assert (found.num_texts, found.num_images) == (3, 2)
+
+
+def test_a_collapsed_model_recalls_nothing():
+    found = recall_at_k(torch.ones(10, 10), ks=(1, 5, 10))
+    assert found.text_to_image == found.image_to_text == {1: 0.0, 5: 0.0, 10: 1.0}
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+def test_chunks_change_nothing(chunk):
+    """Small whole numbers, whose products are exact in float32: equal to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.tensor([[1.0, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]])
+    images = corners[torch.randint(4, (5,), generator=generator)]
+    texts = corners[torch.randint(4, (13,), generator=generator)]
+    owner = torch.randint(4, (13,), generator=generator)  # picture 4 owns none
+    whole = recall_at_k(images @ texts.T / 4, ks=(1, 2, 5), text_image=owner)
+    assert feature_recall(images, texts, ks=(1, 2, 5), text_image=owner, chunk=chunk) == whole
+
+
+@pytest.mark.parametrize(
+    "owner, message",
+    [
+        (None, "pass text_image"),
+        (torch.tensor([0, 1]), r"\(3,\) integers"),
+        (torch.tensor([0.0, 1.0, 1.0]), "integers"),
+        (torch.tensor([0, 1, 2]), r"\[0, 2\)"),
+        (torch.tensor([0, -1, 1]), r"\[0, 2\)"),
+    ],
+)
+def test_bad_owners(owner, message):
+    with pytest.raises(ValueError, match=message):
+        recall_at_k(torch.zeros(2, 3), text_image=owner)
+
+
+@pytest.fixture(scope="module")
+def model() -> FastGoalModel:
+    torch.manual_seed(0)
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 24, "width": 16, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    return FastGoalModel.create(config, context_length=24)
+
+
+@pytest.fixture
+def records(tmp_path) -> list[GlitRecord]:
+    found = []
+    for number, colour in enumerate(("red", "green", "blue")):
+        path = tmp_path / f"{colour}.png"
+        Image.new("RGB", (48, 32), colour).save(path)
+        caption = f"A {colour} rectangle."
+        found.append(GlitRecord(str(number), path, 48, 32, caption, (caption,)))
+    return found
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_evaluate_is_recall_of_the_models_features(model, records, resize):
+    """Plain colours look alike cropped or squashed, so one expectation holds for both."""
+    model.train()
+    found = evaluate(model, records, ks=(1, 2), resize=resize, batch_size=2)
+    assert model.training
+    with torch.no_grad():
+        images = torch.stack([image_tensor(load_image(r.image), 32) for r in records])
+        texts = model.tokenizer([record.caption for record in records])
+        scores = model.encode_image(images) @ model.encode_text(texts).T
+    assert found == recall_at_k(scores, ks=(1, 2))
+    assert found.num_images == 3
+
+
+def test_evaluate_refuses_what_it_can_not_do(model, records):
+    with pytest.raises(ValueError, match="'crop' or 'squash'"):
+        evaluate(model, records, resize="stretch")
+    with pytest.raises(ValueError, match="empty"):
+        evaluate(model, [])
