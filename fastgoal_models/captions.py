@@ -19,10 +19,9 @@ _OPENING = "\"'“‘«(\\[{*_#•–—-"
 
 # A run of sentence ends with whatever closes around it, then the space at which to cut.
 # A quote that stands alone closes what came before it.
-_STOP = re.compile(rf"([.!?…]+)((?:{_SPACE}*[{_CLOSING}])*)({_SPACE}+)")
-_LINE_BREAK = re.compile(rf"{_SPACE}*\n{_SPACE}*")
+_STOP = re.compile(rf"(?<![.!?…])([.!?…]+)((?:{_SPACE}*[{_CLOSING}])*)({_SPACE}+)")
+_LINE_BREAK = re.compile(rf"\n{_SPACE}*")
 _NEXT_WORD = re.compile(rf"[{_OPENING}]*(\w*)")
-_LAST_WORD = re.compile(r"\S*$")
 _INITIALS = re.compile(r"[^\W\d_](\.[^\W\d_])*")
 _BRACKETS_AND_QUOTES = "\"'“‘”’«»()[]{}*_"
 
@@ -73,18 +72,17 @@ def split_sentences(caption: str) -> list[str]:
 
 def _ends_sentence(caption: str, stop: re.Match[str]) -> bool:
     marks, closing, _ = stop.groups()
-    rest = caption[stop.end() :]
-    if not rest:
+    if stop.end() == len(caption):
         return False  # the caption ends here anyhow
-    following = _NEXT_WORD.match(rest)
+    following = _NEXT_WORD.match(caption, stop.end())
     assert following is not None  # it matches the empty string
     next_word = following[1]
     goes_on = next_word[:1].islower()
     if marks != "." or closing:
         return not goes_on
-    before = _LAST_WORD.search(caption, 0, stop.start())
-    assert before is not None
-    word = before[0].strip(_BRACKETS_AND_QUOTES).lower()
+    # Enough for any abbreviation, and no more: a caption can be one endless word.
+    before = caption[max(stop.start() - 40, 0) : stop.start()].split()
+    word = before[-1].strip(_BRACKETS_AND_QUOTES).lower() if before else ""
     if word in _ABBREVIATIONS or _INITIALS.fullmatch(word):
         return next_word.lower() in _OPENERS and not goes_on
     if word.isdigit() and _opens_line(caption, stop.start() - len(word)):
