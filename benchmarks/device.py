@@ -41,7 +41,16 @@ from rich.console import Console
 from . import facts, parity
 from .measure import copies_past_l2, forward_backward, measure_memory, measure_time
 from .peers import Unavailable
-from .workloads import CONTENDERS, Inputs, Workload, build, make_inputs, sweep, useful_flop
+from .workloads import (
+    CONTENDERS,
+    Inputs,
+    Workload,
+    build,
+    make_inputs,
+    sweep,
+    takes_part,
+    useful_flop,
+)
 
 SCHEMA = 1
 
@@ -144,7 +153,7 @@ def show(row: dict[str, Any], work: Workload, console: Console) -> None:
     """One line of progress."""
     if row["status"] == "ok":
         memory = f"{row['extra_bytes'] / 1e6:,.1f} MB"
-        rate = f", {row['tflop_s']:.1f} TFLOP/s" if row["tflop_s"] else ""
+        rate = f", {row['tflop_s']:.3g} TFLOP/s" if row["tflop_s"] else ""
         text = (
             f"{row['median_ms']:.3f} ms ({row['low_ms']:.3f}–{row['high_ms']:.3f}), {memory}{rate}"
         )
@@ -211,26 +220,31 @@ def main(argv: list[str] | None = None) -> int:
     stop: str | None = None
     options = {
         "gemm_tflop_s": document["ceilings"]["gemm_tflop_s"],
-        "seconds": 0.02 if arguments.quick else 1.0,
+        "seconds": 0.02 if arguments.quick else 0.5,
     }
+    works = sweep(device.type == "cuda", arguments.quick)
     for contender in CONTENDERS:
         if arguments.only not in contender:
             continue
-        for work in sweep(device.type == "cuda", arguments.quick):
+        for work in works:
+            if not takes_part(contender, work):
+                continue
             if stop is None and time.monotonic() - start > arguments.budget:
                 stop = f"the time budget of {arguments.budget:.0f} s was used up"
-            skip = stop
-            if arguments.quick and contender == "torch.compile":
-                skip = skip or "left out of --quick, because compiling takes longer than the rest"
-            if skip:
-                row = {**work.as_json(), "contender": contender, **EMPTY_ROW}
-                row.update(status="skipped", reason=skip)
+                console.print(f"{stop}: the remaining rows are skipped", style="yellow")
+            row = {**work.as_json(), "contender": contender, **EMPTY_ROW}
+            if stop is not None:
+                row.update(status="skipped", reason=stop)
+            elif arguments.quick and contender == "torch.compile":
+                reason = "left out of --quick: compiling takes longer than all the rest"
+                row.update(status="skipped", reason=reason)
             else:
                 row = try_row(work, contender, device, **options)
+                show(row, work, console)
                 if row["status"] == "failed" and device_is_lost(device):
                     stop = f"the device stopped answering after {contender}, {work.describe()}"
+                    console.print(stop, style="red")
             rows.append(row)
-            show(row, work, console)
         document["seconds"] = time.monotonic() - start
         write(document, path)
     document["finished"] = True

@@ -101,6 +101,7 @@ def truth_of(work: Workload, device: torch.device) -> tuple[Workload, Scores]:
     return twin, {direction: scores[direction] for direction in work.directions}
 
 
+@lru_cache(maxsize=16)
 def true_gradients(work: Workload, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of the loss, for the first image's and the first caption's tokens alone, in float32.
 

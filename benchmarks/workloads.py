@@ -191,6 +191,11 @@ CONTENDERS = (
 )
 
 
+def takes_part(contender: str, work: Workload) -> bool:
+    """The forward of a training step on its own is only of interest as a share of our own step."""
+    return work.stage != "forward" or contender.startswith("fastgoal ")
+
+
 def sweep(cuda: bool, quick: bool) -> list[Workload]:
     """The workloads of `python -m benchmarks.device`: the real sizes on a GPU, tiny ones else."""
     if quick:

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("rich", reason="rich is not installed (extra: bench)")
 
 from benchmarks import device, report
-from benchmarks.workloads import CONTENDERS, sweep
+from benchmarks.workloads import CONTENDERS, sweep, takes_part
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,8 @@ def test_quick_sweep_finishes_and_every_row_says_what_happened(quick_result):
     assert document["device"]["type"] == ("cuda" if cuda else "cpu")
     assert document["ceilings"]["copy_gb_s"] > 0 and document["ceilings"]["gemm_tflop_s"] > 0
     rows = document["rows"]
-    assert len(rows) == len(CONTENDERS) * len(sweep(cuda, quick=True))
+    pairs = [(name, work) for name in CONTENDERS for work in sweep(cuda, quick=True)]
+    assert len(rows) == sum(takes_part(*pair) for pair in pairs) > len(pairs) / 2
     for row in rows:
         if row["status"] == "ok":
             assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
