@@ -1,4 +1,4 @@
-"""Text-conditioned scores in plain PyTorch, in blocks: exact on any device, never all pairs at once.
+"""Text-conditioned scores in plain PyTorch: exact on any device, a block of pairs at a time.
 
 A block is a few images times a few captions. For each pair in it
 
@@ -102,7 +102,7 @@ class _Heads:
 
 
 class _Block:
-    """One block, computed: queries (B, H, C, head_dim), weights p (B, H, C, L), a and o (B, C, D)."""
+    """One block, computed: q (B, H, C, head_dim), weights p (B, H, C, L), a and o (B, C, D)."""
 
     def __init__(self, x: _Heads, images: slice, columns: slice, index: Tensor | None):
         self.k, self.v = x.k[images], x.v[images]

@@ -50,8 +50,9 @@ def streaming_topk(
             torch.empty(size, dtype=torch.long, device=like.device),
         )
 
-    row_best, column_best = slots(num_rows, num_columns), slots(num_columns, num_rows)
+    row_values, row_indices = slots(num_rows, num_columns)
+    column_values, column_indices = slots(num_columns, num_rows)
     for rows, columns, scores in tiles:
-        _merge(*(x[rows] for x in row_best), scores, columns.start, k)
-        _merge(*(x[columns] for x in column_best), scores.T, rows.start, k)
-    return *row_best, *column_best
+        _merge(row_values[rows], row_indices[rows], scores, columns.start, k)
+        _merge(column_values[columns], column_indices[columns], scores.T, rows.start, k)
+    return row_values, row_indices, column_values, column_indices

@@ -39,7 +39,7 @@ def randn(*shape: int, device: str = "cpu", grad: bool = False, dtype=torch.floa
 def random_boxes(count: int, sizes: Tensor) -> Tensor:
     """Boxes of every kind: inside, across the border, outside, thinner than a patch, empty."""
     corners = (torch.rand(count, 2, 2, dtype=torch.float64) * 1.6 - 0.3) * sizes[:, None]
-    corners = torch.where(torch.rand(count, 1, 1) < 0.5, corners.round(), corners)
+    corners = torch.where(torch.rand(count, 1, 1) < 0.5, (corners * 2).round() / 2, corners)
     corners = torch.where(torch.rand(count, 1, 2) < 0.1, corners[:, :1], corners)
     return corners.sort(dim=1).values.flatten(1)
 
@@ -137,6 +137,13 @@ REGIONS = {
 def test_region_mean_by_hand(name):
     box, size, expected = REGIONS[name]
     assert patches_of([float(x) for x in box], size) == expected
+
+
+def test_the_first_corner_rounds_half_to_even_too():
+    # Patches of 3 pixels: 2.5 rounds to 2, which is patch 0; half up would give 3, patch 1.
+    assert patches_of([2.5, 8.5, 12.0, 12.0], [12, 12], model_size=12) == block(
+        range(2, 4), range(4)
+    )
 
 
 def test_region_mean_value_by_hand():
