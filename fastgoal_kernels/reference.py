@@ -35,7 +35,7 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 
 def pad_tokens(tokens: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Ragged (total, D) tokens as padded (batch, longest, D) ones and their (batch, longest) mask."""
+    """Ragged (total, D) tokens as padded (batch, longest, D) ones and their mask."""
     items = [tokens[start:end] for start, end in pairwise(offsets.tolist())]
     if not items:
         return tokens[None, :0][:0], tokens.new_zeros(0, 0, dtype=torch.bool)
@@ -59,7 +59,7 @@ def pack_tokens(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:
 def _with_mask(
     tokens: Tensor, mask: Tensor | None, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Any input layout as (batch, longest, D) tokens, zero where the mask is False, and the mask."""
+    """Any layout as (batch, longest, D) tokens, zero where the mask is False, and the mask."""
     if offsets is not None:
         return pad_tokens(tokens, offsets)
     if mask is None:
@@ -314,7 +314,7 @@ def text_conditioned_pool(
     image_mask: Tensor | None = None,
 ) -> Tensor:
     """o_ij = multi-head attention of LN_q(t_j) over LN_k, LN_v(image i): (I, J, D)."""
-    num_images, num_tokens, dim = image_tokens.shape
+    dim = image_tokens.shape[2]
     w_q, w_k, w_v = weights.in_proj_weight.chunk(3)
     b_q, b_k, b_v = weights.in_proj_bias.chunk(3)
 
@@ -395,7 +395,7 @@ def text_conditioned_sigmoid_loss(
     image_mask: Tensor | None = None,
     add_zero_attn: bool = True,
 ) -> Tensor:
-    """-sum log sigmoid(yz) / columns. Negatives: all, or those negative_offsets (I, I - 1) names."""
+    """-sum log sigmoid(yz) / columns. Negatives: all, or those of negative_offsets (I, I - 1)."""
     num_images = len(image_tokens)
     text_index = None
     if negative_offsets is not None:

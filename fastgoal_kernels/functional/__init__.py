@@ -38,4 +38,21 @@ OPS = (
     "soft_cluster_pool",
 )
 
-__all__ = [*OPS, "pack_tokens", "OPS"]
+__all__ = [
+    "OPS",
+    "clip_contrastive_loss",
+    "farthest_point_sampling",
+    "maxsim_alignment",
+    "maxsim_contrastive_loss",
+    "maxsim_scores",
+    "maxsim_topk",
+    "pack_tokens",
+    "region_mean",
+    "sigmoid_contrastive_loss",
+    "soft_cluster_pool",
+    "span_mean",
+    "text_conditioned_scores",
+    "text_conditioned_sigmoid_loss",
+    "text_conditioned_topk",
+    "token_similarity_loss",
+]

@@ -127,7 +127,7 @@ def forward(
 
 
 def _steps(longest_v: int, longest_t: int, device: torch.device) -> tuple[int, int]:
-    """Images and texts per tile: about 400 region rows, then as many word rows as the tile holds."""
+    """Images and texts of a tile: about 400 region rows, then as many word rows as it holds."""
     elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS["cuda"])
     step_v = max(1, round(elements**0.5 * 0.55 / longest_v))
     step_t = max(1, elements // (step_v * longest_v * longest_t))

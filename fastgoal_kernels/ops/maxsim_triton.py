@@ -112,7 +112,7 @@ def _best(tile, key_index, AXIS: tl.constexpr):
 
 @triton.jit
 def _keep_better(best, winner, tile_best, tile_winner):
-    """Fold a later tile into the running maximum: an earlier index wins ties, a NaN wins for good."""
+    """Fold a later tile into the running maximum: earlier wins ties, a NaN wins for good."""
     better = (tile_best > best) | (tile_best != tile_best)
     return tl.where(better, tile_best, best), tl.where(better, tile_winner, winner)
 
@@ -451,7 +451,7 @@ def _side_gradient(
     scatter: tuple[Tensor, Tensor] | None,
     own_axis: int,
 ) -> Tensor:
-    """d own.rows, from (winners, dL/dS) of the direction it queries and of that it is queried in."""
+    """d own.rows, from (winners, dL/dS) of the direction it queries in and the other one."""
     gradient = torch.zeros_like(own.rows)
     if gradient.numel() == 0 or other.total == 0:
         return gradient
@@ -526,27 +526,26 @@ def _case(kernel, label: str, dtype: torch.dtype, config: Config, constexprs: di
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Every configuration the launchers pick, at CLIP's widths and at one that no tile divides."""
+    """Every configuration the launchers pick: at a width of CLIP's, and at one no tile divides."""
     cases = []
     for dtype in _TYPE_NAMES:
-        for dim in (512, 768, 1000):
-            for save in (True, False):
-                for both in (False, True):
-                    config = _forward_config(dtype, both, arch)
-                    cases.append(_case(
-                        maxsim_both_directions_kernel if both else maxsim_one_direction_kernel,
-                        f"D={dim}" + (" winners" if save else ""), dtype, config,
-                        dict(D=dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
-                             BLOCK_D=config.block_d, GROUP=_GROUP, SAVE_WINNERS=save,
-                             PRECISION="ieee"),
-                    ))  # fmt: skip
-            for gather, scatter in ((True, False), (False, True), (True, True)):
-                config = _backward_config(dtype, arch)
-                label = f"D={dim}" + " gather" * gather + " scatter" * scatter
-                cases.append(_case(
-                    maxsim_gradient_kernel, label, dtype, config,
-                    dict(D=dim, BLOCK_OWN=config.block_q, BLOCK_OTHER=config.block_k,
-                         BLOCK_D=config.block_d, GATHER=gather, SCATTER=scatter,
-                         PRECISION="tf32" if dtype == torch.float16 else "ieee"),
-                ))  # fmt: skip
+        for dim, save in ((512, True), (512, False), (1000, True)):
+            for both in (False, True):
+                config = _forward_config(dtype, both, arch)
+                label = f"D={dim}" + " winners" * save
+                kernel = maxsim_both_directions_kernel if both else maxsim_one_direction_kernel
+                cases.append(_case(kernel, label, dtype, config, dict(
+                    D=dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
+                    GROUP=_GROUP, SAVE_WINNERS=save, PRECISION="ieee",
+                )))  # fmt: skip
+        for dim, gather, scatter in (
+            (512, True, False), (512, False, True), (512, True, True), (1000, True, True),
+        ):  # fmt: skip
+            config = _backward_config(dtype, arch)
+            label = f"D={dim}" + " gather" * gather + " scatter" * scatter
+            cases.append(_case(maxsim_gradient_kernel, label, dtype, config, dict(
+                D=dim, BLOCK_OWN=config.block_q, BLOCK_OTHER=config.block_k,
+                BLOCK_D=config.block_d, GATHER=gather, SCATTER=scatter,
+                PRECISION="tf32" if dtype == torch.float16 else "ieee",
+            )))  # fmt: skip
     return cases

@@ -23,9 +23,14 @@ def _slabs(scores: Tensor) -> Iterator[slice]:
 
 
 def _logits(
-    scores: Tensor, rows: slice, scale: Tensor, bias: Tensor, pair_mask: Tensor | None, masked: float
+    scores: Tensor,
+    rows: slice,
+    scale: Tensor,
+    bias: Tensor,
+    pair_mask: Tensor | None,
+    masked: float,
 ) -> Tensor:
-    """z of a slab; a pair that takes no part gets the value `masked`, a positive always takes part."""
+    """z of a slab; a pair that takes no part gets the value `masked`; a positive always does."""
     z = torch.addcmul(bias, scores[rows], scale)
     if pair_mask is not None:
         out = ~pair_mask[rows]
@@ -71,7 +76,12 @@ def forward(
 
 
 def _signed_logits(
-    scores: Tensor, rows: slice, scale: Tensor, bias: Tensor, pair_mask: Tensor | None, captions: int
+    scores: Tensor,
+    rows: slice,
+    scale: Tensor,
+    bias: Tensor,
+    pair_mask: Tensor | None,
+    captions: int,
 ) -> tuple[Tensor, Tensor]:
     """(y * z of a slab, the pairs that take no part)."""
     positive = positive_pairs(*scores.shape, captions, device=scores.device)[rows]

@@ -229,12 +229,14 @@ def check_document(document: dict) -> None:
     assert any("HGMMA" in row["matrix"] for row in hopper_forward)
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_well_with_this_triton(tmp_path):
     document = run_report(sys.executable, tmp_path / "report.json")
     assert document["triton"] == triton.__version__
     check_document(document)
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_well_with_triton_3_6(tmp_path):
     python = os.environ.get("FASTGOAL_TRITON36_PYTHON")
     if not python:

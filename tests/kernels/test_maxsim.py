@@ -39,13 +39,14 @@ DIRECTIONS = ("text_to_image", "image_to_text", "both")
 EXAMPLES = 12 if INTERPRETED else 60
 
 # Relative to the norm of the reference. Scores: a mean of exact maxima, rounded in float32.
-# Gradients of half-precision tokens are rounded to their dtype once (bf16: 2^-9), and so are the
-# shares the matrix unit multiplies (2^-9); the interpreter cuts off instead of rounding (2^-8).
+# Gradients of bf16 tokens meet two roundings of at most 2^-8 each: that of the shares that the
+# matrix unit multiplies and that of the result. The interpreter cuts digits off instead, at most
+# 2^-7 each. float16 shares are multiplied in TF32, so only the result's rounding of 2^-11 counts.
 SCORE_ERROR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 GRAD_ERROR = {
     torch.float64: 1e-13,
     torch.float32: 1e-6,
-    torch.bfloat16: 2**-7,
+    torch.bfloat16: 2**-6 if INTERPRETED else 2**-7,
     torch.float16: 2**-10,
 }
 
@@ -693,6 +694,7 @@ def test_packed_tokens_score_like_masked_ones(backend, device):
 
 V, T = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)
 OFFSETS = torch.tensor([0, 3, 5])
+# ruff: noqa: E501
 BAD = [
     ({"image_tokens": [1.0]}, TypeError, r"image_tokens must be a tensor"),
     ({"image_tokens": torch.zeros(3, 4)}, ValueError, r"image_tokens must have shape .*\(3, 4\)"),

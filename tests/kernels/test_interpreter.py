@@ -1,0 +1,47 @@
+"""The Triton kernels' meaning, without a GPU: their tests once more under Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so it needs a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+# Test files whose kernels exist in Triton.
+FILES = ["test_maxsim.py"]
+
+
+def _why_not() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    if version < (3, 7) and tuple(int(p) for p in np.__version__.split(".")[:2]) >= (2, 4):
+        return "the interpreter of Triton before 3.7 breaks with NumPy 2.4"
+    return None
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_under_the_interpreter(file):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 40, done.stdout[-2000:]
