@@ -11,8 +11,6 @@ import torch
 
 import fastgoal_kernels
 
-_DISTRIBUTIONS = ("torch", "triton", "open-clip-torch")
-
 
 def machine_facts(device: torch.device) -> dict[str, str]:
     """Device, processor, threads, system and versions, as text."""
@@ -25,8 +23,9 @@ def machine_facts(device: torch.device) -> dict[str, str]:
     facts["system"] = (
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     )
-    others = ", ".join(f"{name} {_version(name)}" for name in _DISTRIBUTIONS)
-    facts["versions"] = f"fastgoal {fastgoal_kernels.__version__}, {others}"
+    versions = {"fastgoal": fastgoal_kernels.__version__, "torch": torch.__version__}
+    versions |= {name: _version(name) for name in ("triton", "open-clip-torch")}
+    facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     return facts
 
 

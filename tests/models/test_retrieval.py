@@ -112,7 +112,9 @@ def model() -> FastGoalModel:
     torch.manual_seed(0)
     config = {
         "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "vision_cfg": {
+            "image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16
+        },
         "text_cfg": {"context_length": 24, "width": 16, "heads": 2, "layers": 1},
     }  # fmt: skip
     return FastGoalModel.create(config, context_length=24)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def final(out: Path) -> Path:
     return out / "checkpoints" / f"step-{STEPS:08d}"
 
 
-# -- resuming ---------------------------------------------------------------------------------------
+# -- resuming -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
@@ -229,7 +230,8 @@ def test_killed_anywhere_then_resumed_is_undisturbed(undisturbed, tmp_path):
                     prepare()
                     resume = checkpoints.latest_checkpoint(out / "checkpoints") is not None
                     config = test.make_config(out, save_every=1)
-                    test.train(test.make_model(), test.make_items(), config, device="cpu", resume=resume)
+                    model, items = test.make_model(), test.make_items()
+                    test.train(model, items, config, device="cpu", resume=resume)
                     os._exit(0)
                 except BaseException:
                     import traceback
@@ -273,7 +275,7 @@ def test_killed_anywhere_then_resumed_is_undisturbed(undisturbed, tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-# -- refusals ---------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------
 
 
 def test_a_different_run_is_not_resumed(undisturbed, tmp_path):
@@ -357,7 +359,7 @@ def test_bad_configurations(tmp_path, changes, message):
         make_config(tmp_path, **changes)
 
 
-# -- what a step does -------------------------------------------------------------------------------
+# -- what a step does -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -455,14 +457,14 @@ def test_warm_up_rises_to_the_peak_and_then_falls():
     rates = [learning_rate(step, 100, config) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert rates[10] == 1.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert 0 < rates[-1] < 1e-3
 
 
 def test_order_is_a_permutation_of_each_epoch_and_of_nothing_else():
     whole = list(BatchOrder(7, 2, seed=5, start=0, stop=9))
     for epoch in range(3):
-        read = sum(whole[3 * epoch : 3 * epoch + 3], [])
+        read = list(chain(*whole[3 * epoch : 3 * epoch + 3]))
         assert len(set(read)) == 6 and set(read) <= set(range(7))
     for start in range(9):
         assert list(BatchOrder(7, 2, seed=5, start=start, stop=9)) == whole[start:]
