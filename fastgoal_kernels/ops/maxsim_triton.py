@@ -214,9 +214,11 @@ def maxsim_both_directions_kernel(
                         so_far = tl.load(scratch_best + scratch + k)
                         so_far_winner = tl.load(scratch_winner + scratch + k)
                         k_best, k_winner = _keep_better(so_far, so_far_winner, k_best, k_winner)
+                    # Other threads may read and write an entry than those that hold it.
+                    tl.debug_barrier()
                     tl.store(scratch_best + scratch + k, k_best)
                     tl.store(scratch_winner + scratch + k, k_winner)
-                    tl.debug_barrier()  # the next block may read with other threads
+                    tl.debug_barrier()
                 if last_block:
                     key_score += tl.sum(tl.where(k_weight != 0.0, k_best, 0.0) * k_weight)
                     if SAVE_WINNERS:
