@@ -161,7 +161,9 @@ def real_captions(path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL_CAPTIONS.is_dir(), reason=f"no captions in {REAL_CAPTIONS.name}/")
+@pytest.mark.skipif(
+    not REAL_CAPTIONS.is_dir(), reason="no ../shared/data/captions beside this checkout"
+)
 @pytest.mark.parametrize("path", sorted(REAL_CAPTIONS.glob("*.json")), ids=lambda path: path.stem)
 def test_real_captions(path):
     captions = list(dict.fromkeys(real_captions(path)))

@@ -175,21 +175,44 @@ def test_forward_is_separate_passes_put_together(device):
     out, seen = run_watched(model, lambda: model(batch))
     assert [len(x) for x in seen.values()] == [1, 1]  # one pass a tower
     with torch.no_grad():
-        patches, words = model.image_tokens(batch.images)[1], model.text_tokens(batch.texts)[1]
-        regions = reference.region_mean(patches, batch.boxes, batch.image_sizes, (4, 4), 32)
-        spans = reference.span_mean(words, batch.spans, lengths=batch.lengths)
-        wanted = {
-            "image_features": model.encode_image(batch.images),
-            "text_features": model.encode_text(batch.texts),
-            "local_image_features": model.encode_image(batch.local_images),
-            "local_text_features": model.encode_text(batch.local_texts),
-            "region_features": model.project_patches(regions),
-            "span_features": model.project_words(spans),
-            "logit_scale": model.clip.logit_scale.exp(),
-        }
+        wanted = separately(model, batch)
     assert list(out) == list(wanted)
     for name, value in wanted.items():
         torch.testing.assert_close(out[name], value, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def separately(model, batch):
+    """What forward gives, by an encoder pass for each of its parts."""
+    patches, words = model.image_tokens(batch.images)[1], model.text_tokens(batch.texts)[1]
+    regions = reference.region_mean(patches, batch.boxes, batch.image_sizes, (4, 4), 32)
+    spans = reference.span_mean(words, batch.spans, lengths=batch.lengths)
+    return {
+        "image_features": model.encode_image(batch.images),
+        "text_features": model.encode_text(batch.texts),
+        "local_image_features": model.encode_image(batch.local_images),
+        "local_text_features": model.encode_text(batch.local_texts),
+        "region_features": model.project_patches(regions),
+        "span_features": model.project_words(spans),
+        "logit_scale": model.clip.logit_scale.exp(),
+    }
+
+
+@pytest.mark.parametrize("output", range(7))
+def test_every_output_has_its_gradient(output):
+    model = build()
+    batch = make_batch(model)
+    gradients = []
+    for outputs in (model(batch), separately(model, batch)):
+        value = list(outputs.values())[output]
+        weight = torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
+        model.zero_grad()
+        (value * weight).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    found, wanted = gradients
+    assert wanted.keys() == {name for name, gradient in found.items() if gradient.any()}
+    for name, gradient in wanted.items():
+        # Relative to the whole: the sums over tokens cancel in single elements.
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
 def test_forward_gives_the_losss_arguments():
