@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import score_dtype
+from .products import wide_product
 from .topk import streaming_topk
 
 # Per block tensor. On a CPU a block should stay in cache; on a GPU it should fill the device and
@@ -68,7 +69,7 @@ class _Heads:
         self.v = self._split(pool.v, pool.add_zero_attn)
         self.text = pool.text.to(self.wide)
         self.weight = pool.out_weight.to(self.dtype)
-        self.bias = pool.out_bias.to(self.dtype)
+        self.bias = pool.out_bias.to(self.wide)
         self.empty = self.dead = None
         if pool.image_mask is not None:
             self.empty = ~pool.image_mask.any(dim=1)
@@ -119,7 +120,9 @@ class _Block:
             logits.masked_fill_(x.dead[images], -torch.inf)
         self.p = logits.softmax(dim=-1).to(x.dtype)
         self.a = (self.p @ self.v).transpose(1, 2).flatten(2)
-        self.o = F.linear(self.a, x.weight, x.bias).to(x.wide)
+        # Wide: rounding o to half precision would be the largest error of the score.
+        o = wide_product(self.a.flatten(0, 1), x.weight.T).add_(x.bias)
+        self.o = o.view(self.a.shape)
         norm = torch.linalg.vector_norm(self.o, dim=-1)
         # x / max(|x|, 1e-12), whose gradient has no term through |x| below 1e-12, and is 0 at 0.
         self.inverse = torch.where(norm > 0, norm.clamp_min(1e-12).reciprocal(), 0.0)
@@ -201,7 +204,7 @@ def backward(
         if need.out_bias:
             d_bias += d_o.sum(dim=0, dtype=x.wide)
         if need.out_weight:
-            d_weight += d_o.T @ block.a.flatten(0, 1)
+            d_weight += wide_product(d_o.T, block.a.flatten(0, 1))
         if not (need_attention or need.v):
             continue
         d_a = (d_o @ x.weight).view(block.a.shape).unflatten(2, (x.num_heads, x.head_dim))
