@@ -236,6 +236,7 @@ def read_glit(
                 found = _Skip("id appears twice", found.id)
             if isinstance(found, _Skip):
                 if strict:
+                    pool.shutdown(cancel_futures=True)  # rather than read all the other pictures
                     raise GlitError(f"{jsonl}: {found}") from found
                 report.add(found.reason, found.name)
             else:

@@ -335,6 +335,16 @@ def test_a_failed_write_changes_nothing(folder):
     assert [x.name for x in folder.iterdir() if x.is_file()] == ["glit.jsonl"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="open files can not be replaced there")
+def test_a_new_file_takes_the_old_ones_place(folder):
+    path = write_lines(folder, line())
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        write_glit(read_glit(path)[0], path)
+        assert reader.read() == before  # a reader sees one whole file or the other
+    assert path.read_bytes() != before
+
+
 def test_images_outside_can_not_be_written(folder, tmp_path):
     records, _ = read_glit(write_lines(folder, line()))
     away = replace(records[0], image=tmp_path / "outside.png")
