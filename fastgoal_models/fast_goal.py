@@ -91,9 +91,8 @@ class FastGoalModel(nn.Module):
         weights = None
         if pretrained is not None and Path(pretrained).is_file():
             weights = _clip_weights(Path(pretrained))
-        if isinstance(model, Path) or (isinstance(model, str) and model.endswith(".json")):
-            model = json.loads(Path(model).read_text("utf-8"))
-        if isinstance(model, str):
+        clip: Any
+        if isinstance(model, str) and not model.endswith(".json"):
             tag = str(pretrained) if pretrained is not None and weights is None else None
             tag_config = open_clip.get_pretrained_cfg(model, tag) if tag else {}
             clip = open_clip.create_model(
@@ -105,6 +104,8 @@ class FastGoalModel(nn.Module):
         elif pretrained is not None and weights is None:
             raise FileNotFoundError(f"no weights file {str(pretrained)!r}")
         else:
+            if isinstance(model, (str, Path)):
+                model = json.loads(Path(model).read_text("utf-8"))
             clip = _from_config(model, image_size)
         if weights is not None:
             _load_weights(clip, weights, context_length)
@@ -113,12 +114,16 @@ class FastGoalModel(nn.Module):
     @property
     def image_size(self) -> int:
         """The side of the square input in pixels, S."""
-        return self.clip.visual.image_size[0]
+        return self._visual.image_size[0]
 
     @property
     def grid_size(self) -> tuple[int, int]:
         """Patches down and across."""
-        return self.clip.visual.grid_size
+        return self._visual.grid_size
+
+    @property
+    def _visual(self) -> Any:
+        return self.clip.visual
 
     @property
     def _text(self) -> Any:
@@ -129,7 +134,7 @@ class FastGoalModel(nn.Module):
 
         The tokens are the last layer's, before `ln_post`, row by row and without the class token.
         """
-        visual: Any = self.clip.visual
+        visual = self._visual
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *visual.image_size):
             raise ValueError(
                 f"images must have shape (N, 3, {self.image_size}, {self.image_size}); "
@@ -168,7 +173,7 @@ class FastGoalModel(nn.Module):
 
     def project_patches(self, tokens: Tensor) -> Tensor:
         """The image tower's own last step, `ln_post` and projection: (…, W) -> (…, E)."""
-        visual: Any = self.clip.visual
+        visual = self._visual
         return visual.ln_post(tokens) @ visual.proj
 
     def project_words(self, tokens: Tensor) -> Tensor:
@@ -240,12 +245,12 @@ def _text_tower(clip: nn.Module) -> Any:
     return clip.text if isinstance(clip, open_clip.CustomTextCLIP) else clip
 
 
-def _check_towers(clip: nn.Module) -> None:
+def _check_towers(clip: Any) -> None:
     if not isinstance(clip, (open_clip.CLIP, open_clip.CustomTextCLIP)):
         raise TypeError(
             f"clip must be open_clip's CLIP or CustomTextCLIP, not {type(clip).__name__}"
         )
-    visual: Any = clip.visual
+    visual = clip.visual
     if not isinstance(visual, VisionTransformer):
         raise TypeError(
             f"the image tower must be open_clip's VisionTransformer, not {type(visual).__name__}: "
@@ -303,7 +308,7 @@ def _stretch_text(clip: Any, context_length: int) -> None:
         text.num_pos = context_length
 
 
-def _from_config(config: Mapping[str, Any], image_size: int | None) -> nn.Module:
+def _from_config(config: Any, image_size: int | None) -> nn.Module:
     settings = dict(config)
     custom_text = settings.pop("custom_text", False)
     for not_ours in ("model_cfg", "preprocess_cfg", "multimodal_cfg"):
@@ -316,7 +321,7 @@ def _from_config(config: Mapping[str, Any], image_size: int | None) -> nn.Module
 
 def _clip_weights(path: Path) -> dict[str, Tensor]:
     """A weights file's tensors under CLIP's own names, also when a FastGoalModel wrote it."""
-    weights = load_state_dict(str(path), weights_only=True)
+    weights: Any = load_state_dict(str(path), weights_only=True)
     return {name.removeprefix("clip."): tensor for name, tensor in weights.items()}
 
 

@@ -65,8 +65,8 @@ def match_pairs(
 
     Raises GlitError, naming it, for a picture that can not be read.
     """
-    tokenizer = tokenizer if tokenizer is not None else _own(model, "tokenizer")
-    image_size = image_size if image_size is not None else _own(model, "image_size")
+    reader: SimpleTokenizer = tokenizer or _own(model, "tokenizer")
+    side: int = image_size or _own(model, "image_size")
     module = model if isinstance(model, nn.Module) else nn.Module()
     if device is None:
         weight = next(module.parameters(), None)
@@ -81,7 +81,7 @@ def match_pairs(
         ) as bar:
             for start in range(0, len(records), images_at_once):
                 chunk = records[start : start + images_at_once]
-                matched += _match(model, chunk, tokenizer, image_size, batch_size, device)
+                matched += _match(model, chunk, reader, side, batch_size, device)
                 bar.update(len(chunk))
     finally:
         module.train(was_training)
