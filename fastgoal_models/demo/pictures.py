@@ -73,8 +73,9 @@ def loss_curves(records: Sequence[StepRecord], path: Path) -> None:
 
 
 def contact_sheets(pictures: Sequence[PairPicture], folder: Path) -> list[Path]:
-    """Photographs with their matched boxes, the sentences underneath; six on a sheet."""
-    per_sheet = SHEET_COLUMNS * SHEET_ROWS
+    """Photographs with their matched boxes, the sentences underneath; six on a sheet at most."""
+    sheets = -(-len(pictures) // (SHEET_COLUMNS * SHEET_ROWS))
+    per_sheet = -(-len(pictures) // sheets)  # evenly: no sheet with a single one
     paths = []
     for first in range(0, len(pictures), per_sheet):
         shown = pictures[first : first + per_sheet]

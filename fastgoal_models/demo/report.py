@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def write_report(out: Path, found: Findings) -> Path:
         _maxsim(found),
         _made_with(found),
     ]
-    write_text_atomically(path, "\n\n".join(sections) + "\n")
+    write_text_atomically(path, _reflow("\n\n".join(sections)) + "\n")
     return path
 
 
@@ -123,7 +124,7 @@ def _pairs(found: Findings, out: Path) -> str:
         for number, path in enumerate(found.sheets, start=1)
     )
     chosen = (
-        "The random weights that training started from chose it, so it is *arbitrary*: whether\n"
+        "The random weights that training started from chose it, so it is *arbitrary*: whether "
         "the sentence fits the region is luck."
         if found.pretrained is None
         else "The pretrained weights that training started from chose it."
@@ -142,7 +143,7 @@ is no evidence that it was right.
 
 def _words(found: Findings, out: Path) -> str:
     caution = (
-        "\nRandom weights matched it, so a bright patch means “resembles what the sentence was\n"
+        " Random weights matched it, so a bright patch means “resembles what the sentence was "
         "trained with”, not “shows the thing”."
         if found.pretrained is None
         else ""
@@ -196,7 +197,7 @@ def _maxsim(found: Findings) -> str:
 {size.pairs} texts, {size.image_tokens} and {size.text_tokens} tokens of {size.dim} channels,
 float32, on {table.device}; median of {table.runs} warm runs taken in turns. Extra memory is the
 peak of live tensor bytes beyond the inputs and their gradients. Before anything was timed, losses
-and gradients were compared: they differ by {max(row.error for row in table.rows):.1e} (relative)
+and gradients were compared: they differ by {table.error:.1e} (relative)
 at most. This is one size on one machine, whatever else that was doing; `benchmarks/` measures with
 care."""
 
@@ -222,6 +223,16 @@ def _made_with(found: Findings) -> str:
 
 The photographs come inside scikit-image, scikit-learn and matplotlib. Their captions were written
 for this demo; `data/annotations.jsonl` gives each one's licence and source."""
+
+
+def _reflow(text: str) -> str:
+    """Prose in lines of even length, whatever was put into it; tables and the like as they are."""
+    return "\n\n".join(
+        block
+        if block.startswith(("#", "|", "!", ">"))
+        else textwrap.fill(block, 100, break_long_words=False, break_on_hyphens=False)
+        for block in text.split("\n\n")
+    )
 
 
 def _hits(recall: Mapping[int, float], count: int) -> str:

@@ -161,7 +161,8 @@ def test_the_comparison_checks_before_it_times(device, monkeypatch):
     assert names[:2] == ["eager, `max(dim)`", "eager, `amax`"] and names[2].startswith("fused")
     for row in found.rows:
         assert row.fastest <= row.seconds <= row.slowest
-        assert row.extra_bytes > 0 and row.error < 1e-4
+        assert row.extra_bytes > 0
+    assert found.error < 1e-5
     wrong = lambda v, t: 1.01 * fastgoal_kernels.maxsim_contrastive_loss(v, t, 10.0)  # noqa: E731
     monkeypatch.setattr(maxsim_table, "fused_loss", wrong)
     with pytest.raises(RuntimeError, match="nothing was timed"):
