@@ -93,7 +93,8 @@ def demo(
 ) -> None:
     """Fine-tune a small CLIP on real photographs and write a report with pictures.
 
-    Takes about two minutes on two CPU cores and downloads nothing.
+    Takes one to two minutes on two CPU cores that have nothing else to do. Downloads nothing,
+    unless --pretrained names weights that are not here.
     """
     console = Console()
     with _user_errors():

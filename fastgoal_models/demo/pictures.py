@@ -80,17 +80,18 @@ def contact_sheets(pictures: Sequence[PairPicture], folder: Path) -> list[Path]:
     for first in range(0, len(pictures), per_sheet):
         shown = pictures[first : first + per_sheet]
         rows = -(-len(shown) // SHEET_COLUMNS)
-        figure = plt.figure(figsize=(4.4 * SHEET_COLUMNS, 5.0 * rows))
+        columns = -(-len(shown) // rows)
+        figure = plt.figure(figsize=(4.4 * columns, 5.0 * rows))
         # A photograph and its text get a cell each: a wrapped text of any length then fits.
         grid = figure.add_gridspec(
             2 * rows,
-            SHEET_COLUMNS,
+            columns,
             height_ratios=[3.3, 1.4] * rows,
             left=0.01, right=0.99, bottom=0.005, top=1 - 0.3 / (5.0 * rows),
             hspace=0.08, wspace=0.05,
         )  # fmt: skip
         for position, picture in enumerate(shown):
-            row, column = divmod(position, SHEET_COLUMNS)
+            row, column = divmod(position, columns)
             _draw_pair(figure.add_subplot(grid[2 * row, column]), picture)
             _write_pair(figure.add_subplot(grid[2 * row + 1, column]), picture)
         paths.append(folder / f"pairs-{len(paths) + 1}.png")
