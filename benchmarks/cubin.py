@@ -147,7 +147,11 @@ def compile_cubin(case: CompileCase, arch: int) -> Any:
     # Attributes go by the parameter's path, in Triton 3.6 and 3.9 alike: (index,) for a plain one.
     aligned = {(index[name],): [["tt.divisibility", 16]] for name in sorted(case.aligned)}
     source = ASTSource(case.kernel, dict(case.signature), dict(case.constexprs), aligned)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "maxnreg": case.maxnreg,
+    }
     # A fresh folder, because Triton's own cache would hide whether it compiles today.
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TRITON_CACHE_DIR=folder):
         try:

@@ -27,7 +27,7 @@ class CompileCase:
         aligned: the parameters known to be multiples of 16: pointers as torch allocates them, and
             sizes or strides that are in the case described. Without it loads are scalar and the
             kernel that is compiled is not the one that runs.
-        num_warps, num_stages: launch options.
+        num_warps, num_stages, maxnreg: launch options; maxnreg None = the assembler's own choice.
         uses_matrix_unit: the kernel multiplies matrices in a dtype that the tensor cores take, so
             that a cubin without matrix instructions is a failure.
     """
@@ -41,6 +41,7 @@ class CompileCase:
     num_stages: int
     uses_matrix_unit: bool
     aligned: frozenset[str] = field(default_factory=frozenset)
+    maxnreg: int | None = None
 
     def __post_init__(self) -> None:
         parameters = list(self.kernel.arg_names)

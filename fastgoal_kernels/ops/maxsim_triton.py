@@ -316,13 +316,20 @@ def maxsim_gradient_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """A tile: rows x rows x channels, and how many warps and pipeline stages work on it."""
+    """A tile: rows x rows x channels, and what works on it."""
 
     block_q: int
     block_k: int
     block_d: int
     num_warps: int
     num_stages: int
+    # ptxas aims at an occupancy, and spills a few bytes to reach it. Naming a limit above what the
+    # kernel wants makes it stop.
+    maxnreg: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.maxnreg)
 
 
 # Under the interpreter small tiles are quick, and small inputs still make several blocks.
@@ -336,7 +343,7 @@ def _forward_config(dtype: torch.dtype, both: bool, arch: int) -> Config:
     if _INTERPRETED:
         return _TINY
     if dtype == torch.float32:  # IEEE products run on the ordinary cores: registers are the limit
-        return Config(64, 64, 32, 8, 1)
+        return Config(64, 64, 32, 8, 1, maxnreg=168)
     if both and arch < 90:  # at 128 x 128 a column maximum beside the accumulators spills
         return Config(64, 128, 64, 8, 3)
     if both and arch >= 100:  # so it does here, where the tile has to come out of tensor memory
@@ -349,7 +356,7 @@ def _backward_config(dtype: torch.dtype, arch: int) -> Config:
     if _INTERPRETED:
         return _TINY
     if dtype == torch.float32:
-        return Config(32, 32, 64, 4, 2)
+        return Config(32, 32, 32, 4, 2, maxnreg=168)
     if dtype == torch.float16:  # the product runs in TF32, with operands twice as wide
         return Config(64, 32, 64, 8, 2)
     return Config(64, 64, 128, 8, 2)
@@ -415,8 +422,7 @@ def forward(
 
     shared = dict(
         D=dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
-        GROUP=_GROUP, SAVE_WINNERS=save_winners, PRECISION=_precision(dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        GROUP=_GROUP, SAVE_WINNERS=save_winners, PRECISION=_precision(dtype), **config.launch,
     )  # fmt: skip
     if both:
         # Whole blocks of keys: the kernel stores them without a mask.
@@ -472,7 +478,7 @@ def _side_gradient(
         D=dim, BLOCK_OWN=config.block_q, BLOCK_OTHER=config.block_k, BLOCK_D=config.block_d,
         GATHER=gather is not None, SCATTER=scatter is not None,
         PRECISION="tf32" if dtype == torch.float16 else _precision(dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.launch,
     )  # fmt: skip
     return gradient
 
@@ -522,6 +528,7 @@ def _case(kernel, label: str, dtype: torch.dtype, config: Config, constexprs: di
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
         uses_matrix_unit=dtype != torch.float32 and constexprs.get("SCATTER", True),
         aligned=frozenset(name for name, kind in signature.items() if kind.startswith("*")),
     )
