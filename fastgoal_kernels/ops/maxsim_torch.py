@@ -21,10 +21,12 @@ from .token_rows import TokenRows, winner_dtype
 # Elements of one similarity tile. On a CPU it should stay in L2; on a GPU it should be large
 # enough to fill the device and small beside the inputs.
 _TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
-# Bag entries (an index and a weight) held at once in the backward.
+# Bag entries (an index and a weight) held at once in the backward, and elements of their sums.
 _BAG_ENTRIES = 1 << 18
-# Elements of the sums of those bags.
-_SUM_ELEMENTS = 1 << 19
+_SUM_ELEMENTS = 1 << 20
+# Elements of the table that a scatter reads from at a time: every bag reads all over it, so it
+# should stay in the last-level cache.
+_SLAB_ELEMENTS = 1 << 21
 
 
 class _Padded:
@@ -110,17 +112,15 @@ def forward(
             if not t.full:
                 tile.masked_fill_(~t.live[j:j_end, :, None, None], -torch.inf)
             if want_t2i:
-                best, winner = tile.max(dim=3)  # (j, q, i)
-                score = _weighted(best, t.weight[j:j_end, :, None], dim=1)
-                alive = v.live[i:i_end].any(dim=1)
-                t2i[i:i_end, j:j_end] = torch.where(alive, score, 0.0).T
+                best, winner = tile.max(dim=3)  # (j, q, i); of equal maxima the first
+                score = _mean(best, t, slice(j, j_end), v, slice(i, i_end))
+                t2i[i:i_end, j:j_end] = score.T
                 if save_winners:
                     _put(t2i_winners[i:i_end], winner.permute(2, 0, 1), t, j, j_end)
             if want_i2t:
                 best, winner = tile.max(dim=1)  # (j, i, r)
-                score = _weighted(best, v.weight[None, i:i_end], dim=2)
-                alive = t.live[j:j_end].any(dim=1)
-                i2t[i:i_end, j:j_end] = torch.where(alive[:, None], score, 0.0).T
+                best = best.permute(1, 2, 0)
+                i2t[i:i_end, j:j_end] = _mean(best, v, slice(i, i_end), t, slice(j, j_end))
                 if save_winners:
                     _put(i2t_winners[j:j_end], winner, v, i, i_end)
     return outputs
@@ -134,9 +134,13 @@ def _steps(longest_v: int, longest_t: int, device: torch.device) -> tuple[int, i
     return step_v, step_t
 
 
-def _weighted(best: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """Sum of best * weight, where a weight of 0 takes even an infinity out."""
-    return torch.where(weight != 0, best * weight, 0.0).sum(dim=dim)
+def _mean(best: Tensor, query: _Padded, queries: slice, key: _Padded, keys: slice) -> Tensor:
+    """(queries, longest, keys) maxima to (queries, keys) scores; padding and empty keys count 0."""
+    weight = query.weight[queries, :, None]
+    if query.full and key.full:
+        return (best * weight).sum(dim=1)
+    alive = (weight != 0) & key.live[keys].any(dim=1)
+    return torch.where(alive, best * weight, 0.0).sum(dim=1)
 
 
 def _put(winners: Tensor, chunk: Tensor, side: _Padded, first: int, last: int) -> None:
@@ -205,28 +209,34 @@ def _scatter(
     gradient: Tensor, table: Tensor, own: TokenRows, other: TokenRows, winners: Tensor, grad: Tensor
 ) -> None:
     """Own row k of item x gets the sum of g[x, item of s] * w_s * table[s] over its queries s."""
-    live = (other.row_weight != 0) & (own.lengths > 0)[:, None]
-    longest = _longest(own)
+    longest, dim, device = _longest(own), table.shape[1], table.device
     if longest == 0:
         return
-    step = max(1, min(_BAG_ENTRIES // other.total, _SUM_ELEMENTS // (longest * table.shape[1])))
-    edges = torch.arange(longest + 1, device=table.device)
-    position = torch.arange(longest, device=table.device)
-    for first in range(0, own.items, step):
-        items = slice(first, first + step)
-        # Queries without a vote sort behind the last key, into a bag that nobody reads.
-        winner = torch.where(live[items], winners[items].long(), longest)
-        winner, order = winner.sort(dim=1, stable=True)
-        bounds = torch.searchsorted(winner, edges.repeat(len(winner), 1))
-        offset = torch.arange(len(winner), device=table.device)[:, None] * other.total
-        share = grad[items].gather(1, other.row_item[order].long()) * other.row_weight[order]
-        # One more bag an item: it takes what has no vote.
-        sums = F.embedding_bag(
-            order.flatten(), table, (bounds + offset).flatten(), mode="sum",
-            per_sample_weights=share.flatten().to(table.dtype),
-        ).view(len(winner), longest + 1, -1)[:, :longest]  # fmt: skip
-        if own.full:
-            gradient.view(own.items, longest, -1)[items] += sums
-        else:
-            inside = position < own.lengths[items, None]
-            gradient[(own.starts[items, None] + position)[inside]] += sums[inside]
+    all_vote = own.full and other.full
+    slab = max(1, _SLAB_ELEMENTS // dim)
+    step = max(1, min(_BAG_ENTRIES // slab, _SUM_ELEMENTS // (longest * dim)))
+    position = torch.arange(longest, device=device)
+    for first_row in range(0, other.total, slab):
+        rows = slice(first_row, min(first_row + slab, other.total))
+        part, weight, row_item = table[rows], other.row_weight[rows], other.row_item[rows]
+        for first in range(0, own.items, step):
+            items = slice(first, min(first + step, own.items))
+            winner = winners[items, rows].int()
+            if not all_vote:  # queries without a vote go to a bag behind the last key's
+                alive = (weight != 0) & (own.lengths[items, None] > 0)
+                winner = torch.where(alive, winner, longest)
+            count = winner.shape[0]
+            bags = count * (longest + 1)
+            first_bag = torch.arange(0, bags, longest + 1, dtype=torch.int32, device=device)
+            bag, order = (winner + first_bag[:, None]).flatten().sort(stable=True)
+            bag_ids = torch.arange(bags, dtype=torch.int32, device=device)
+            share = (grad[items][:, row_item] * weight).to(table.dtype)
+            sums = F.embedding_bag(
+                order % part.shape[0], part, torch.searchsorted(bag, bag_ids), mode="sum",
+                per_sample_weights=share.flatten()[order],
+            ).view(count, longest + 1, dim)[:, :longest]  # fmt: skip
+            if own.full:
+                gradient.view(own.items, longest, dim)[items] += sums
+            else:
+                inside = position < own.lengths[items, None]
+                gradient[(own.starts[items, None] + position)[inside]] += sums[inside]
