@@ -9,6 +9,7 @@ Inputs come in one of three layouts, chosen for images and for texts separately:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, overload
 
 import torch
@@ -31,6 +32,7 @@ from ..ops.maxsim import maxsim
 from ..ops.normalize import l2_normalize
 from ..ops.score_loss import score_loss
 from ..ops.token_rows import token_rows
+from ..ops.topk import streaming_topk
 from .precision import as_scalar, of_one_dtype, without_autocast
 
 DIRECTIONS = ("text_to_image", "image_to_text", "both")
@@ -368,45 +370,33 @@ def maxsim_topk(
         raise ValueError(f"k must be an int of at least 1; got {k!r}")
     num_images = _num_items(image_tokens, image_offsets)
     num_texts = _num_items(text_tokens, text_offsets)
-    image_bounds = None if image_offsets is None else image_offsets.tolist()
+    image_tokens, text_tokens = of_one_dtype(image_tokens, text_tokens)
     step = max(1, _TOPK_PAIRS // max(num_texts, 1))
-    per_image: list[tuple[Tensor, Tensor]] = []
-    per_text: tuple[Tensor, Tensor] | None = None
-    with torch.no_grad():
-        for first in range(0, max(num_images, 1), step):
+    bounds = None if image_offsets is None else image_offsets.tolist()
+
+    def tiles() -> Iterator[tuple[slice, slice, Tensor]]:
+        for first in range(0, num_images, step):
             last = min(first + step, num_images)
-            offsets = None
-            if image_offsets is None or image_bounds is None:
-                tokens = image_tokens[first:last]
-            else:
-                tokens = image_tokens[image_bounds[first] : image_bounds[last]]
-                offsets = image_offsets[first : last + 1] - image_bounds[first]
+            rows, offsets = slice(first, last), None
+            if image_offsets is not None and bounds is not None:
+                rows = slice(bounds[first], bounds[last])
+                offsets = image_offsets[first : last + 1] - bounds[first]
             scores = maxsim_scores(
-                tokens, text_tokens,
-                image_mask=None if image_mask is None else image_mask[first:last],
+                image_tokens[rows], text_tokens,
+                image_mask=None if image_mask is None else image_mask[rows],
                 text_mask=text_mask, image_offsets=offsets, text_offsets=text_offsets,
                 max_image_tokens=max_image_tokens, max_text_tokens=max_text_tokens,
-                direction=direction, reduction=reduction, normalize=normalize,  # type: ignore[arg-type]
-                backend=backend,
+                direction=direction, reduction=reduction,  # type: ignore[arg-type]
+                normalize=normalize, backend=backend,
             )  # fmt: skip
-            block = torch.arange(first, last, device=scores.device).expand(num_texts, -1)
-            texts = torch.arange(num_texts, device=scores.device).expand(last - first, -1)
-            per_image.append(_best_k(scores, texts, k))
-            candidates = scores.T, block
-            if per_text is not None:  # earlier blocks first: of equal scores they stay ahead
-                candidates = (
-                    torch.cat([per_text[0], candidates[0]], dim=1),
-                    torch.cat([per_text[1], candidates[1]], dim=1),
-                )
-            per_text = _best_k(*candidates, k)
-    assert per_text is not None
-    values, indices = zip(*per_image, strict=True)
-    return (torch.cat(values), torch.cat(indices)), per_text
+            yield slice(first, last), slice(0, num_texts), scores
 
-
-def _best_k(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return values.gather(1, order), indices.gather(1, order)
+    like = image_tokens.new_empty(0, dtype=reference.score_dtype(image_tokens.dtype))
+    with torch.no_grad():
+        per_image, image_index, per_text, text_index = streaming_topk(
+            (num_images, num_texts), k, tiles(), like
+        )
+    return (per_image, image_index), (per_text, text_index)
 
 
 def maxsim_contrastive_loss(

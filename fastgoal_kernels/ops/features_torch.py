@@ -23,26 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import score_dtype
+from .products import wide_product
 
 # Elements of one float32 tile. 1 MB stays in a CPU's L2 while its row and column sums are taken (of
 # 0.5 to 4 MB it was the fastest at batch 4,096, dim 512); a GPU wants products that fill it.
 _TILE_ELEMENTS = {"cpu": 1 << 18}
 _TILE_ELEMENTS_ON_GPU = 1 << 24
-
-# mm(out_dtype=...) came with torch 2.8, for NVIDIA only. Elsewhere half features are widened, which
-# is as exact and slower.
-_HALF_PRODUCT_TO_FLOAT = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of features, or of a gradient tile and features, with a float32 (or float64) sum."""
-    half = b.dtype in (torch.float16, torch.bfloat16)
-    if half and b.device.type == "cuda" and _HALF_PRODUCT_TO_FLOAT:
-        # Gradient tiles lie in [-2, 2] by construction, so that neither half dtype overflows.
-        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    dtype = score_dtype(b.dtype)
-    return a.to(dtype) @ b.to(dtype)
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:
@@ -74,7 +60,7 @@ class _Tiles:
                 yield rows, columns
 
     def similarities(self, rows: slice, columns: slice) -> Tensor:
-        return _product(self.image[rows], self.text[columns].T)
+        return wide_product(self.image[rows], self.text[columns].T)
 
     def logits(self, similarities: Tensor) -> Tensor:
         logits = similarities * self.scale
@@ -105,9 +91,10 @@ class _Gradients:
 
     def add(self, rows: slice, columns: slice, dlogits: Tensor, similarities: Tensor) -> None:
         if self.image is not None:
-            self.image[rows] += _product(dlogits, self.tiles.text[columns])
+            # dlogits lie in [-2, 2] by construction: neither half dtype overflows.
+            self.image[rows] += wide_product(dlogits, self.tiles.text[columns])
         if self.text is not None:
-            self.text[columns] += _product(dlogits.T, self.tiles.image[rows])
+            self.text[columns] += wide_product(dlogits.T, self.tiles.image[rows])
         if self.from_tiles:
             self.scale += (dlogits * similarities).sum()
 

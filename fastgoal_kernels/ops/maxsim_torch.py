@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import score_dtype
+from .products import wide_product
 from .token_rows import TokenRows, winner_dtype
 
 # Elements of one similarity tile. On a CPU it should stay in L2; on a GPU it should be large
@@ -58,17 +59,6 @@ def _longest(side: TokenRows) -> int:
     return side.longest if side.full else int(side.lengths.max())
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T accumulated, and returned, in float32 (float64 for float64)."""
-    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16) and _HAS_OUT_DTYPE:
-        return torch.mm(a, b.T, out_dtype=torch.float32)
-    dtype = score_dtype(a.dtype)
-    return a.to(dtype) @ b.to(dtype).T
-
-
-_HAS_OUT_DTYPE = "out_dtype" in (torch.mm.__doc__ or "")
-
-
 def forward(
     images: TokenRows,
     texts: TokenRows,
@@ -105,7 +95,7 @@ def forward(
         v_chunk = v.chunk(i, i_end)
         for j in range(0, texts.items, step_t):
             j_end = min(j + step_t, texts.items)
-            tile = _product(t.chunk(j, j_end), v_chunk)
+            tile = wide_product(t.chunk(j, j_end), v_chunk.T)
             tile = tile.view(j_end - j, longest_t, i_end - i, longest_v)  # (j, q, i, r)
             if not v.full:
                 tile.masked_fill_(~v.live[None, None, i:i_end], -torch.inf)

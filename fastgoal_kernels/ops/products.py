@@ -13,9 +13,13 @@ _HALF_PRODUCT_TO_FLOAT = "dtype" in torch.ops.aten.mm.overloads() and torch.vers
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, two matrices of one dtype, in float32 (float64 for float64)."""
-    half = a.dtype in (torch.float16, torch.bfloat16)
-    if half and a.device.type == "cuda" and _HALF_PRODUCT_TO_FLOAT:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    dtype = score_dtype(a.dtype)
+    """a @ b summed, and returned, in float32 (float64 for float64).
+
+    Beside a half-precision b, a may be float32: it is rounded to b's dtype only where the product
+    runs in it.
+    """
+    half = b.dtype in (torch.float16, torch.bfloat16)
+    if half and b.device.type == "cuda" and _HALF_PRODUCT_TO_FLOAT:
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+    dtype = score_dtype(b.dtype)
     return a.to(dtype) @ b.to(dtype)

@@ -619,6 +619,11 @@ def test_autocast_and_mixed_dtypes(backend, device):
     assert torch.equal(out, want)
     (grad,) = torch.autograd.grad(loss, image)
     assert grad.dtype == torch.float32
+    # A backward that runs inside the block, and runs the forward again, must not see it either.
+    with torch.autocast(device, dtype=torch.bfloat16):
+        again = maxsim_contrastive_loss(image, text, 5.0, recompute=True, backend=backend)
+        (grad_again,) = torch.autograd.grad(again, image)
+    assert torch.equal(grad_again, grad)
     mixed = maxsim_scores(image.bfloat16(), text, backend=backend)
     assert relative_error(mixed, maxsim_scores(image.bfloat16().float(), text)) <= 1e-6
 
