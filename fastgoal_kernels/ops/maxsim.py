@@ -75,7 +75,9 @@ def maxsim(
         image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
         max_image_tokens, max_text_tokens, mean,
     )  # fmt: skip
-    return _engine(backend).forward(images, texts, direction, save_winners)
+    # The caller chose the dtypes. A backward that runs under autocast comes here with it on.
+    with torch.autocast(image_tokens.device.type, enabled=False):
+        return _engine(backend).forward(images, texts, direction, save_winners)
 
 
 @maxsim.register_fake
@@ -129,9 +131,10 @@ def maxsim_backward(
     )  # fmt: skip
     t2i = None if t2i_grad is None else (t2i_winners, t2i_grad.contiguous())
     i2t = None if i2t_grad is None else (i2t_winners, i2t_grad.contiguous())
-    image_grad, text_grad = _engine(backend).backward(
-        images, texts, t2i, i2t, need_image, need_text
-    )
+    with torch.autocast(image_tokens.device.type, enabled=False):
+        image_grad, text_grad = _engine(backend).backward(
+            images, texts, t2i, i2t, need_image, need_text
+        )
     none = image_tokens.new_empty(0)
     return (
         none if image_grad is None else image_grad.view(image_tokens.shape),
