@@ -147,7 +147,8 @@ def measure_memory(call: Call, device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device) - before
         return max(0, peak - sum(_storages(result).values()))
     # Not torch.profiler.profile, which loads the compiler first and takes seconds to do so.
-    with profile(profile_memory=True) as profiler:
+    profiler = profile(profile_memory=True)
+    with profiler:
         result = call()
     return _peak_of_trace(profiler, set(_storages(result)))
 

@@ -235,7 +235,7 @@ def maxsim_contrastive_loss(
     rows, columns = logit_scale * i2t + bias, logit_scale * t2i + bias
     if objective == "softmax":
         return softmax_loss(rows, columns, pair_mask)
-    positive = positive_pairs(*t2i.shape, captions_per_image, device=t2i.device)
+    positive = positive_pairs(*t2i.shape, captions_per_image=captions_per_image, device=t2i.device)
     both = sigmoid_loss(rows, positive, pair_mask) + sigmoid_loss(columns, positive, pair_mask)
     return both / 2 / max(t2i.shape[1], 1)
 
@@ -278,7 +278,9 @@ def sigmoid_contrastive_loss(
 ) -> Tensor:
     """SigLIP (arXiv 2303.15343, equation 3) with K positives a row (FLAIR, CAFT)."""
     scores = feature_scores(image_features, text_features, normalize)
-    positive = positive_pairs(*scores.shape, captions_per_image, device=scores.device)
+    positive = positive_pairs(
+        *scores.shape, captions_per_image=captions_per_image, device=scores.device
+    )
     positive = positive & (not negative_only)
     total = sigmoid_loss(logit_scale * scores + logit_bias, positive, pair_mask)
     return total / max(scores.shape[1] if average_over == "texts" else scores.shape[0], 1)

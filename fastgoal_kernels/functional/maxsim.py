@@ -381,12 +381,12 @@ def maxsim_topk(
             if image_offsets is not None and bounds is not None:
                 rows = slice(bounds[first], bounds[last])
                 offsets = image_offsets[first : last + 1] - bounds[first]
-            scores = maxsim_scores(
+            scores = maxsim_scores(  # type: ignore[call-overload]  (direction is not "both")
                 image_tokens[rows], text_tokens,
                 image_mask=None if image_mask is None else image_mask[rows],
                 text_mask=text_mask, image_offsets=offsets, text_offsets=text_offsets,
                 max_image_tokens=max_image_tokens, max_text_tokens=max_text_tokens,
-                direction=direction, reduction=reduction,  # type: ignore[arg-type]
+                direction=direction, reduction=reduction,
                 normalize=normalize, backend=backend,
             )  # fmt: skip
             yield slice(first, last), slice(0, num_texts), scores

@@ -466,8 +466,10 @@ def _side_gradient(
     dtype, dim = own.rows.dtype, own.rows.shape[1]
     config = _backward_config(dtype, _arch(own.rows.device))
     block_items, block_firsts = own.blocks(config.block_q)
-    gather_winners, gather_grad = gather or scatter
-    scatter_winners, scatter_grad = scatter or gather
+    present = gather or scatter
+    assert present is not None
+    gather_winners, gather_grad = gather or present
+    scatter_winners, scatter_grad = scatter or present
     grid = (len(block_items), triton.cdiv(dim, config.block_d))
     maxsim_gradient_kernel[grid](
         gradient, block_items, block_firsts, own.starts, own.lengths, own.row_weight,

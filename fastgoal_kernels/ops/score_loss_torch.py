@@ -84,7 +84,8 @@ def _signed_logits(
     captions: int,
 ) -> tuple[Tensor, Tensor]:
     """(y * z of a slab, the pairs that take no part)."""
-    positive = positive_pairs(*scores.shape, captions, device=scores.device)[rows]
+    num_images, num_texts = scores.shape
+    positive = positive_pairs(num_images, num_texts, captions, scores.device)[rows]
     z = torch.addcmul(bias, scores[rows], scale)
     out = torch.zeros_like(positive) if pair_mask is None else ~(pair_mask[rows] | positive)
     return torch.where(positive, z, -z), out
