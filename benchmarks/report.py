@@ -241,7 +241,7 @@ def device_section(document: Document, plot: str | None) -> str:
     return "\n".join(parts)
 
 
-def cpu_section(document: Document) -> str:
+def cpu_section(document: Document, plot: str | None) -> str:
     from .maxsim_cpu import OURS, TARGETS
 
     work = document["workload"]
@@ -268,13 +268,13 @@ def cpu_section(document: Document) -> str:
             ]
         lines.append(cells)
     head = ["", "ms (20–80 %)", "best ms", "ours is faster ×", "extra MB", "ours needs, of it"]
-    return "\n".join(
-        [
-            f"### {describe(work)}, {document['device']['threads']} threads\n",
-            provenance(document),
-            markdown_table(head, lines),
-        ]
-    )
+    parts = [
+        f"### {describe(work)}, {document['device']['threads']} threads\n",
+        provenance(document),
+    ]
+    if plot:
+        parts.append(f"![time and memory]({plot})\n")
+    return "\n".join([*parts, markdown_table(head, lines)])
 
 
 def page(documents: list[Document], plots: dict[str, str]) -> str:
@@ -302,7 +302,10 @@ def page(documents: list[Document], plots: dict[str, str]) -> str:
     parts += [device_section(document, plots.get(document["stem"])) for document in gpus]
     parts.append("## CPU\n")
     small = [document for document in documents if document["kind"] == "maxsim_cpu"]
-    parts += [cpu_section(document) for document in sorted(small, key=lambda d: d["stem"])]
+    parts += [
+        cpu_section(document, plots.get(document["stem"]))
+        for document in sorted(small, key=lambda d: d["workload"]["images"])
+    ]
     if not small and not cpus:
         parts.append("Not yet measured: `python -m benchmarks.maxsim_cpu`.\n")
     parts += [device_section(document, plots.get(document["stem"])) for document in cpus]
@@ -316,9 +319,12 @@ def plot(document: Document, folder: Path) -> Path | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    all_rows = document["rows"]
+    if document["kind"] == "maxsim_cpu":  # one workload, and only what was measured
+        all_rows = [{**document["workload"], **row, "status": "ok"} for row in all_rows]
     steps = [
         [row for row in rows if row["status"] == "ok"]
-        for rows in groups(document["rows"]).values()
+        for rows in groups(all_rows).values()
         if rows[0]["stage"] == "forward+backward"
     ]
     steps = [rows for rows in steps if rows]
@@ -326,7 +332,7 @@ def plot(document: Document, folder: Path) -> Path | None:
         return None
     bars_in_all = sum(len(rows) for rows in steps)
     figure, axes = plt.subplots(
-        len(steps), 2, figsize=(11, 0.8 * len(steps) + 0.45 * bars_in_all), squeeze=False,
+        len(steps), 2, figsize=(11, 1.0 * len(steps) + 0.45 * bars_in_all), squeeze=False,
         layout="constrained", height_ratios=[1 + len(rows) for rows in steps],
     )  # fmt: skip
     for (time_axis, memory_axis), rows in zip(axes, steps, strict=True):
@@ -337,7 +343,9 @@ def plot(document: Document, folder: Path) -> Path | None:
             (memory_axis, "extra_bytes", 1e-6, "extra MB"),
         ):
             bars = axis.barh(names, [row[key] * scale for row in rows][::-1], color=colours)
-            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+            axis.bar_label(
+                bars, fmt=lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}", padding=2, fontsize=7
+            )
             axis.set_xlabel(unit, fontsize=8)
             axis.tick_params(labelsize=8)
             axis.margins(x=0.12)
@@ -362,10 +370,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = arguments.out.parent / arguments.out.stem
     plots = {}
     for document in documents:
-        if document["kind"] == "device":
-            path = plot(document, folder)
-            if path is not None:
-                plots[document["stem"]] = f"{folder.name}/{path.name}"
+        path = plot(document, folder)
+        if path is not None:
+            plots[document["stem"]] = f"{folder.name}/{path.name}"
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(page(documents, plots))
     print(f"{len(documents)} result files -> {arguments.out}, {len(plots)} plots")
