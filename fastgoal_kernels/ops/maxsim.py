@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reference import score_dtype
+from .context import on_device_of
 from .token_rows import TokenRows, token_rows, winner_dtype
 
 
@@ -75,8 +76,7 @@ def maxsim(
         image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
         max_image_tokens, max_text_tokens, mean,
     )  # fmt: skip
-    # The caller chose the dtypes. A backward that runs under autocast comes here with it on.
-    with torch.autocast(image_tokens.device.type, enabled=False):
+    with on_device_of(image_tokens):
         return _engine(backend).forward(images, texts, direction, save_winners)
 
 
@@ -131,7 +131,7 @@ def maxsim_backward(
     )  # fmt: skip
     t2i = None if t2i_grad is None else (t2i_winners, t2i_grad.contiguous())
     i2t = None if i2t_grad is None else (i2t_winners, i2t_grad.contiguous())
-    with torch.autocast(image_tokens.device.type, enabled=False):
+    with on_device_of(image_tokens):
         image_grad, text_grad = _engine(backend).backward(
             images, texts, t2i, i2t, need_image, need_text
         )

@@ -177,7 +177,7 @@ def maxsim_both_directions_kernel(
     queries is complete after one block when the text fits in it; else it waits between blocks in
     the program's own row of scratch, which never leaves L2.
     """
-    scratch = tl.program_id(0) * scratch_rows
+    scratch = tl.program_id(0).to(tl.int64) * scratch_rows
     num_pairs = num_queries.to(tl.int64) * num_keys
     for pair in range(tl.program_id(0).to(tl.int64), num_pairs, tl.num_programs(0)):
         query_item, key_item = _pair(pair, num_queries, num_keys, GROUP)
@@ -425,8 +425,10 @@ def forward(
         GROUP=_GROUP, SAVE_WINNERS=save_winners, PRECISION=_precision(dtype), **config.launch,
     )  # fmt: skip
     if both:
-        # Whole blocks of keys: the kernel stores them without a mask.
+        # Whole blocks of keys, because the kernel stores them without a mask. None where every
+        # text fits in one block; a bound on ragged lengths keeps this small.
         scratch_rows = triton.cdiv(max(images.longest, 1), config.block_k) * config.block_k
+        scratch_rows *= texts.longest > config.block_q
         scratch_best = torch.empty(grid[0], scratch_rows, dtype=torch.float32, device=device)
         scratch_winner = torch.empty(grid[0], scratch_rows, dtype=torch.int32, device=device)
         maxsim_both_directions_kernel[grid](
@@ -522,16 +524,19 @@ def _case(kernel, label: str, dtype: torch.dtype, config: Config, constexprs: di
     for name in kernel.arg_names:
         kind = "constexpr" if name in constexprs else types.get(name, "i32")
         signature[name] = f"*{_TYPE_NAMES[dtype]}" if kind == "tokens" else kind
+    tf32 = dtype == torch.float32 and constexprs["PRECISION"] == "tf32"
+    kind = "tf32" if tf32 else _TYPE_NAMES[dtype]
+    products = constexprs.get("SCATTER", True)
     return CompileCase(
         name=kernel.__name__,
-        label=f"{_TYPE_NAMES[dtype]} {label} {config.block_q}x{config.block_k}x{config.block_d}",
+        label=f"{kind} {label} {config.block_q}x{config.block_k}x{config.block_d}",
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
-        uses_matrix_unit=dtype != torch.float32 and constexprs.get("SCATTER", True),
+        uses_matrix_unit=products and (tf32 or dtype != torch.float32),
         aligned=frozenset(name for name, kind in signature.items() if kind.startswith("*")),
     )
 
@@ -540,23 +545,31 @@ def compile_cases(arch: int) -> list[CompileCase]:
     """Every configuration the launchers pick: at a width of CLIP's, and at one no tile divides."""
     cases = []
     for dtype in _TYPE_NAMES:
-        for dim, save in ((512, True), (512, False), (1000, True)):
+        forward = [(512, True, "ieee"), (512, False, "ieee"), (1000, True, "ieee")]
+        precision = "tf32" if dtype == torch.float16 else "ieee"
+        backward = [
+            (512, True, False, precision),
+            (512, False, True, precision),
+            (512, True, True, precision),
+            (1000, True, True, precision),
+        ]
+        if dtype == torch.float32:  # what torch.set_float32_matmul_precision("high") allows
+            forward.append((512, True, "tf32"))
+            backward.append((512, True, True, "tf32"))
+        for dim, save, precision in forward:
             for both in (False, True):
                 config = _forward_config(dtype, both, arch)
                 label = f"D={dim}" + " winners" * save
                 kernel = maxsim_both_directions_kernel if both else maxsim_one_direction_kernel
                 cases.append(_case(kernel, label, dtype, config, dict(
                     D=dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
-                    GROUP=_GROUP, SAVE_WINNERS=save, PRECISION="ieee",
+                    GROUP=_GROUP, SAVE_WINNERS=save, PRECISION=precision,
                 )))  # fmt: skip
-        for dim, gather, scatter in (
-            (512, True, False), (512, False, True), (512, True, True), (1000, True, True),
-        ):  # fmt: skip
+        for dim, gather, scatter, precision in backward:
             config = _backward_config(dtype, arch)
             label = f"D={dim}" + " gather" * gather + " scatter" * scatter
             cases.append(_case(maxsim_gradient_kernel, label, dtype, config, dict(
                 D=dim, BLOCK_OWN=config.block_q, BLOCK_OTHER=config.block_k,
-                BLOCK_D=config.block_d, GATHER=gather, SCATTER=scatter,
-                PRECISION="tf32" if dtype == torch.float16 else "ieee",
+                BLOCK_D=config.block_d, GATHER=gather, SCATTER=scatter, PRECISION=precision,
             )))  # fmt: skip
     return cases

@@ -19,6 +19,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .context import on_device_of
+
 
 def _engine(backend: str) -> ModuleType:
     if backend == "triton":
@@ -47,9 +49,10 @@ def score_loss(
     column_scores None: one matrix serves rows and columns. scale and bias are 0-dim tensors of the
     scores' dtype and device. grad_filter_eps only matters to the backward.
     """
-    return _engine(backend).forward(
-        row_scores, column_scores, scale, bias, pair_mask, objective, captions_per_image
-    )
+    with on_device_of(row_scores):
+        return _engine(backend).forward(
+            row_scores, column_scores, scale, bias, pair_mask, objective, captions_per_image
+        )
 
 
 @score_loss.register_fake
@@ -78,10 +81,11 @@ def score_loss_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d row scores, d column scores, d scale, d bias); d column scores is empty for one matrix."""
-    return _engine(backend).backward(
-        grad, row_scores, column_scores, scale, bias, pair_mask, row_lse, column_lse,
-        objective, captions_per_image, grad_filter_eps,
-    )  # fmt: skip
+    with on_device_of(row_scores):
+        return _engine(backend).backward(
+            grad, row_scores, column_scores, scale, bias, pair_mask, row_lse, column_lse,
+            objective, captions_per_image, grad_filter_eps,
+        )  # fmt: skip
 
 
 @score_loss_backward.register_fake
