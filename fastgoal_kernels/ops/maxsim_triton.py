@@ -339,11 +339,12 @@ _TINY = Config(16, 16, 16, 4, 1)
 _GROUP = 16
 
 
-def _forward_config(dtype: torch.dtype, both: bool, arch: int) -> Config:
+def _forward_config(dtype: torch.dtype, precision: str, both: bool, arch: int) -> Config:
     if _INTERPRETED:
         return _TINY
-    if dtype == torch.float32:  # IEEE products run on the ordinary cores: registers are the limit
-        return Config(64, 64, 32, 8, 1, maxnreg=168)
+    if dtype == torch.float32:
+        # IEEE products run on the ordinary cores, where loads in flight would cost the registers.
+        return Config(64, 64, 32, 8, 2 if precision == "tf32" else 1, maxnreg=255)
     if both and arch < 90:  # at 128 x 128 a column maximum beside the accumulators spills
         return Config(64, 128, 64, 8, 3)
     if both and arch >= 100:  # so it does here, where the tile has to come out of tensor memory
@@ -399,7 +400,7 @@ def forward(
     """
     device, dim, dtype = images.rows.device, images.rows.shape[1], images.rows.dtype
     both = direction == "both"
-    config = _forward_config(dtype, both, _arch(device))
+    config = _forward_config(dtype, _precision(dtype), both, _arch(device))
     num_pairs = images.items * texts.items
     grid = (max(min(num_pairs, _programs(device)), 1),)
 
@@ -558,7 +559,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
             backward.append((512, True, True, "tf32"))
         for dim, save, precision in forward:
             for both in (False, True):
-                config = _forward_config(dtype, both, arch)
+                config = _forward_config(dtype, precision, both, arch)
                 label = f"D={dim}" + " winners" * save
                 kernel = maxsim_both_directions_kernel if both else maxsim_one_direction_kernel
                 cases.append(_case(kernel, label, dtype, config, dict(
