@@ -46,7 +46,8 @@ def _from_environment() -> str | None:
 # can not trace.
 _default: str | None = _from_environment()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+# Whether Triton runs its kernels in Python, on any tensor. Triton reads this once, too.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def available_backends() -> dict[str, tuple[str, ...]]:
     """
     from . import functional  # the public ops are the public functions of that module
 
-    triton_runs = _HAS_TRITON and (_INTERPRETED or torch.cuda.is_available())
+    triton_runs = _HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
     return {
         op: (("triton",) if triton_runs and op in TRITON_OPS else ()) + ("torch", "reference")
         for op in functional.OPS
@@ -92,7 +93,7 @@ def _why_not_triton(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     if not _HAS_TRITON:
         return "Triton is not installed (pip install triton; Linux only)"
     for tensor in tensors:
-        if tensor.device.type != "cuda" and not _INTERPRETED:
+        if tensor.device.type != "cuda" and not INTERPRETED:
             return f"the tensors are on {tensor.device}, not on a CUDA device"
         if tensor.dtype not in TRITON_DTYPES:
             return f"the Triton kernels do not take {tensor.dtype}"

@@ -18,7 +18,6 @@ g * w_s where winner[s] = k and 0 elsewhere, which is built in registers and fed
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import INTERPRETED
 from .compile_cases import CompileCase
 from .token_rows import TokenRows, winner_dtype
 
@@ -42,8 +42,7 @@ _UNSPECIALIZED = [
 
 
 # Triton's interpreter is NumPy: it would multiply the bits of bfloat16 as integers.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-_WIDEN = tl.constexpr(_INTERPRETED)
+_WIDEN = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -340,7 +339,7 @@ _GROUP = 16
 
 
 def _forward_config(dtype: torch.dtype, precision: str, both: bool, arch: int) -> Config:
-    if _INTERPRETED:
+    if INTERPRETED:
         return _TINY
     if dtype == torch.float32:
         # IEEE products run on the ordinary cores, where loads in flight would cost the registers.
@@ -354,7 +353,7 @@ def _forward_config(dtype: torch.dtype, precision: str, both: bool, arch: int) -
 
 def _backward_config(dtype: torch.dtype, arch: int) -> Config:
     """block_q counts own rows, block_k other rows."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return _TINY
     if dtype == torch.float32:
         return Config(32, 32, 32, 4, 2, maxnreg=168)
