@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..reference import score_dtype
 from .products import wide_product
-from .token_rows import TokenRows, winner_dtype
+from .token_rows import TokenRows, new_outputs
 
 # Elements of one similarity tile. On a CPU it should stay in L2; on a GPU it should be large
 # enough to fill the device and small beside the inputs.
@@ -34,19 +34,17 @@ class _Padded:
     """One side as (items, longest, D) with a mask, whatever layout it came in."""
 
     def __init__(self, side: TokenRows, longest: int):
-        self.rows, self.items, self.longest = side.rows, side.items, longest
-        self.full = side.full
+        self.rows, self.longest, self.full = side.rows, longest, side.full
         # Row positions that no item has read row 0; the mask keeps them out of everything.
         position = torch.arange(longest, device=side.rows.device)
         index = side.starts[:, None] + position
         inside = position < side.lengths[:, None]
         self.row = torch.where(inside, index, 0)
-        weight = torch.where(inside, side.row_weight[self.row], 0.0)
-        self.weight = weight.to(score_dtype(side.rows.dtype))
-        self.live = weight != 0
+        self.weight = torch.where(inside, side.row_weight[self.row], 0.0)
+        self.live = self.weight != 0
 
     def chunk(self, first: int, last: int) -> Tensor:
-        """(rows, D) tokens of items first to last, and how many rows an item has there."""
+        """(items * longest, D) tokens of items first to last."""
         if self.full:
             return self.rows[first * self.longest : last * self.longest]
         return self.rows[self.row[first:last].flatten()]
@@ -65,31 +63,16 @@ def forward(
     direction: str,
     save_winners: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(t2i scores, i2t scores, t2i winners, i2t winners); what is not asked for is empty.
-
-    Winners are (images, text rows) and (texts, image rows): positions within the other's item.
-    """
-    device, dtype = images.rows.device, score_dtype(images.rows.dtype)
+    """The tensors of `token_rows.new_outputs`, filled."""
+    outputs = new_outputs(images, texts, direction, save_winners)
+    t2i, i2t, t2i_winners, i2t_winners = outputs
     want_t2i, want_i2t = direction != "image_to_text", direction != "text_to_image"
-
-    def empty_if(wanted: bool, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(shape if wanted else 0, dtype=dtype, device=device)
-
-    t2i = empty_if(want_t2i, images.items, texts.items)
-    i2t = empty_if(want_i2t, images.items, texts.items)
-    t2i_winners = empty_if(
-        want_t2i and save_winners, images.items, texts.total, dtype=winner_dtype(images.longest)
-    )
-    i2t_winners = empty_if(
-        want_i2t and save_winners, texts.items, images.total, dtype=winner_dtype(texts.longest)
-    )
-    outputs = t2i, i2t, t2i_winners, i2t_winners
     longest_v, longest_t = _longest(images), _longest(texts)
     if 0 in (images.items, texts.items, longest_v, longest_t):
         return outputs
 
     v, t = _Padded(images, longest_v), _Padded(texts, longest_t)
-    step_v, step_t = _steps(longest_v, longest_t, device)
+    step_v, step_t = _steps(longest_v, longest_t, images.rows.device)
     for i in range(0, images.items, step_v):
         i_end = min(i + step_v, images.items)
         v_chunk = v.chunk(i, i_end)

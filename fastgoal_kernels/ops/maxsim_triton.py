@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..backends import INTERPRETED
 from .compile_cases import CompileCase
-from .token_rows import TokenRows, winner_dtype
+from .token_rows import TokenRows, new_outputs
 
 # ---------------------------------------------------------------------------------------------
 # Kernels
@@ -393,30 +393,15 @@ def forward(
     direction: str,
     save_winners: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(t2i scores, i2t scores, t2i winners, i2t winners); what is not asked for is empty.
-
-    Winners are (images, text rows) and (texts, image rows): positions within the other's item.
-    """
+    """The tensors of `token_rows.new_outputs`, filled."""
     device, dim, dtype = images.rows.device, images.rows.shape[1], images.rows.dtype
     both = direction == "both"
     config = _forward_config(dtype, _precision(dtype), both, _arch(device))
     num_pairs = images.items * texts.items
     grid = (max(min(num_pairs, _programs(device)), 1),)
 
-    def scores_if(wanted: bool) -> Tensor:
-        return torch.zeros(
-            (images.items, texts.items) if wanted else 0, dtype=torch.float32, device=device
-        )
-
-    def winners_if(wanted: bool, keys: TokenRows, queries: TokenRows) -> Tensor:
-        shape = (keys.items, queries.total) if wanted and save_winners else 0
-        return torch.zeros(shape, dtype=winner_dtype(keys.longest), device=device)
-
-    t2i = scores_if(direction != "image_to_text")
-    i2t = scores_if(direction != "text_to_image")
-    t2i_winners = winners_if(direction != "image_to_text", images, texts)
-    i2t_winners = winners_if(direction != "text_to_image", texts, images)
-    outputs = t2i, i2t, t2i_winners, i2t_winners
+    outputs = new_outputs(images, texts, direction, save_winners)
+    t2i, i2t, t2i_winners, i2t_winners = outputs
     if num_pairs == 0:
         return outputs
 

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import positive_pairs
-
 _SLAB_ELEMENTS = 1 << 20
 
 
@@ -23,20 +21,26 @@ def _slabs(scores: Tensor) -> Iterator[slice]:
 
 
 def _logits(
-    scores: Tensor,
-    rows: slice,
-    scale: Tensor,
-    bias: Tensor,
-    pair_mask: Tensor | None,
-    masked: float,
+    scores: Tensor, rows: slice, scale: Tensor, bias: Tensor, pair_mask: Tensor | None
 ) -> Tensor:
-    """z of a slab; a pair that takes no part gets the value `masked`; a positive always does."""
+    """z of a slab; -inf where a pair takes no part. A positive, on the diagonal, always does."""
     z = torch.addcmul(bias, scores[rows], scale)
     if pair_mask is not None:
         out = ~pair_mask[rows]
         out.diagonal(rows.start).fill_(False)
-        z.masked_fill_(out, masked)
+        z.masked_fill_(out, -torch.inf)
     return z
+
+
+def softmax_total(
+    row_scores: Tensor, columns: Tensor, row_lse: Tensor, column_lse: Tensor, scale: Tensor,
+    bias: Tensor,
+) -> Tensor:  # fmt: skip
+    """Half of [mean over rows of (LSE - own logit) + the same over columns]."""
+    own_row = torch.addcmul(bias, row_scores.diagonal(), scale)
+    own_column = torch.addcmul(bias, columns.diagonal(), scale)
+    total = (row_lse - own_row).sum() + (column_lse - own_column).sum()
+    return total / (2 * row_scores.shape[0])
 
 
 def forward(
@@ -54,7 +58,9 @@ def forward(
         total = row_scores.new_zeros(())
         for scores in matrices:
             for rows in _slabs(scores):
-                yz, out = _signed_logits(scores, rows, scale, bias, pair_mask, captions_per_image)
+                yz, out, _ = _signed_logits(
+                    scores, rows, scale, bias, pair_mask, captions_per_image
+                )
                 total += -F.logsigmoid(yz).masked_fill_(out, 0).sum()
         empty = row_scores.new_empty(0)
         return total / (len(matrices) * max(num_texts, 1)), empty, empty.clone()
@@ -64,15 +70,13 @@ def forward(
     # A slab sees some rows of every column: fold its log-sum-exps into the running ones.
     column_lse = row_scores.new_full((num_texts,), -torch.inf)
     for rows in _slabs(row_scores):
-        z = _logits(row_scores, rows, scale, bias, pair_mask, -torch.inf)
+        z = _logits(row_scores, rows, scale, bias, pair_mask)
         row_lse[rows] = z.logsumexp(dim=1)
         if column_scores is not None:
-            z = _logits(column_scores, rows, scale, bias, pair_mask, -torch.inf)
+            z = _logits(column_scores, rows, scale, bias, pair_mask)
         column_lse = torch.logaddexp(column_lse, z.logsumexp(dim=0))
-    own_row = torch.addcmul(bias, row_scores.diagonal(), scale)
-    own_column = torch.addcmul(bias, columns.diagonal(), scale)
-    loss = (row_lse - own_row).sum() + (column_lse - own_column).sum()
-    return loss / (2 * num_images), row_lse, column_lse
+    loss = softmax_total(row_scores, columns, row_lse, column_lse, scale, bias)
+    return loss, row_lse, column_lse
 
 
 def _signed_logits(
@@ -82,13 +86,13 @@ def _signed_logits(
     bias: Tensor,
     pair_mask: Tensor | None,
     captions: int,
-) -> tuple[Tensor, Tensor]:
-    """(y * z of a slab, the pairs that take no part)."""
-    num_images, num_texts = scores.shape
-    positive = positive_pairs(num_images, num_texts, captions, scores.device)[rows]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y * z of a slab, the pairs that take no part, the positive ones)."""
+    image = torch.arange(rows.start, rows.stop, device=scores.device)
+    positive = image[:, None] == torch.arange(scores.shape[1], device=scores.device) // captions
     z = torch.addcmul(bias, scores[rows], scale)
     out = torch.zeros_like(positive) if pair_mask is None else ~(pair_mask[rows] | positive)
-    return torch.where(positive, z, -z), out
+    return torch.where(positive, z, -z), out, positive
 
 
 def backward(
@@ -123,14 +127,15 @@ def backward(
     if objective == "sigmoid":
         for scores, d_scores in matrices:
             for rows in _slabs(scores):
-                yz, out = _signed_logits(scores, rows, scale, bias, pair_mask, captions_per_image)
-                positive = positive_pairs(num_images, num_texts, captions_per_image, scores.device)
+                yz, out, positive = _signed_logits(
+                    scores, rows, scale, bias, pair_mask, captions_per_image
+                )
                 d_z = torch.sigmoid(-yz).masked_fill_(out, 0) / (len(matrices) * max(num_texts, 1))
-                finish(scores, rows, torch.where(positive[rows], -d_z, d_z), d_scores)
+                finish(scores, rows, torch.where(positive, -d_z, d_z), d_scores)
         return d_rows, d_columns, d_scale * grad, d_bias * grad
 
     for rows in _slabs(row_scores):
-        z = _logits(row_scores, rows, scale, bias, pair_mask, -torch.inf)
+        z = _logits(row_scores, rows, scale, bias, pair_mask)
         d_z = torch.exp(z - row_lse[rows, None])
         diagonal = d_z.diagonal(rows.start)
         if column_scores is None:
@@ -140,7 +145,7 @@ def backward(
             diagonal -= 1
         finish(row_scores, rows, d_z.div_(2 * num_images), d_rows)
         if column_scores is not None:
-            z = _logits(column_scores, rows, scale, bias, pair_mask, -torch.inf)
+            z = _logits(column_scores, rows, scale, bias, pair_mask)
             d_z = torch.exp(z - column_lse)
             d_z.diagonal(rows.start).sub_(1)
             finish(column_scores, rows, d_z.div_(2 * num_images), d_columns)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_cases import CompileCase
+from .score_loss_torch import softmax_total
 
 _UNSPECIALIZED = ["num_rows", "num_columns", "row_stride", "column_stride", "captions_per_image"]
 
@@ -182,10 +183,8 @@ def forward(
         return total / (len(matrices) * max(num_texts, 1)), empty, empty.clone()
     row_lse = _lse(row_scores, scale, bias, pair_mask, 0)
     column_lse = _lse(columns, scale, bias, pair_mask, 1)
-    own_row = torch.addcmul(bias, row_scores.diagonal(), scale)
-    own_column = torch.addcmul(bias, columns.diagonal(), scale)
-    loss = (row_lse - own_row).sum() + (column_lse - own_column).sum()
-    return loss / (2 * num_images), row_lse, column_lse
+    loss = softmax_total(row_scores, columns, row_lse, column_lse, scale, bias)
+    return loss, row_lse, column_lse
 
 
 def backward(

@@ -98,3 +98,26 @@ def winner_dtype(longest: int) -> torch.dtype:
     if longest <= 256:
         return torch.uint8
     return torch.uint16 if longest <= 65536 else torch.int32
+
+
+def new_outputs(
+    images: TokenRows, texts: TokenRows, direction: str, save_winners: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Zeros for (t2i scores, i2t scores, t2i winners, i2t winners); no elements if not wanted.
+
+    Scores are (images, texts); winners (images, text rows) and (texts, image rows), positions
+    within the other's item. Zeros, because nobody writes the winners of empty items.
+    """
+
+    def new(wanted: bool, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        shape = (rows, columns) if wanted else 0
+        return torch.zeros(shape, dtype=dtype, device=images.rows.device)
+
+    t2i, i2t = direction != "image_to_text", direction != "text_to_image"
+    dtype = score_dtype(images.rows.dtype)
+    return (
+        new(t2i, images.items, texts.items, dtype),
+        new(i2t, images.items, texts.items, dtype),
+        new(t2i and save_winners, images.items, texts.total, winner_dtype(images.longest)),
+        new(i2t and save_winners, texts.items, images.total, winner_dtype(texts.longest)),
+    )
