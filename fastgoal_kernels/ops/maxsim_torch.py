@@ -45,7 +45,7 @@ class _Chunk(NamedTuple):
 
     tokens: Tensor  # (n * longest, D)
     items: Tensor | slice  # which they are
-    row: Tensor | slice  # (n, longest), or all: their rows; 0 where an item has ended
+    rows: Tensor | slice  # the rows of their valid tokens, in order
     weight: Tensor  # (n, longest): 0 = padding
     live: Tensor | None  # weight != 0; None = all
     longest: int
@@ -79,7 +79,8 @@ def _chunks(side: TokenRows, max_rows: int) -> Iterator[_Chunk]:
         inside = position < lengths[first:last, None]
         row = torch.where(inside, side.starts[items, None] + position, 0)
         weight = torch.where(inside, side.row_weight[row], 0.0)
-        yield _Chunk(side.rows[row.flatten()], items, row, weight, weight != 0, longest)
+        live = weight != 0
+        yield _Chunk(side.rows[row.flatten()], items, row[live], weight, live, longest)
         first = last
 
 
@@ -96,7 +97,7 @@ def forward(
     device = images.rows.device.type
     elements = _TILE_ELEMENTS.get(device, _TILE_ELEMENTS["cuda"])
     for v in _chunks(images, _IMAGE_ROWS.get(device, _IMAGE_ROWS["cuda"])):
-        text_rows = elements // len(v.tokens)
+        text_rows = max(1, elements // len(v.tokens))
         factor = RepeatedFactor(v.tokens, text_rows)
         for t in _chunks(texts, text_rows):
             tile = factor.times(t.tokens).view(len(t), t.longest, len(v), v.longest)  # (j, q, i, r)
@@ -156,11 +157,11 @@ def _put_winners(
     winners: Tensor, keys: Tensor | slice, queries: _Chunk, chunk_winners: Tensor
 ) -> None:
     """Write (keys, n, longest) winners of a chunk of queries to their places in (keys, rows)."""
-    chunk_winners = chunk_winners.to(winners.dtype)
     if queries.live is None:
-        winners[_outer(keys, queries.row)] = chunk_winners.flatten(1)
+        chunk_winners = chunk_winners.flatten(1)
     else:
-        winners[_outer(keys, queries.row[queries.live])] = chunk_winners[:, queries.live]
+        chunk_winners = chunk_winners[:, queries.live]
+    winners[_outer(keys, queries.rows)] = chunk_winners.to(winners.dtype)
 
 
 def backward(
