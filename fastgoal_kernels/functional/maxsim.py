@@ -34,11 +34,9 @@ from ..ops.score_loss import score_loss
 from ..ops.token_rows import token_rows
 from ..ops.topk import streaming_topk
 from .precision import as_scalar, of_one_dtype, without_autocast
+from .token_blocks import block_pairs, scoring_device, side_of
 
 DIRECTIONS = ("text_to_image", "image_to_text", "both")
-
-# Pairs scored at a time by maxsim_topk: 16 MB of scores.
-_TOPK_PAIRS = 1 << 22
 
 
 def _check_side(
@@ -341,60 +339,74 @@ def maxsim_topk(
     direction: str = "text_to_image",
     reduction: str = "mean",
     normalize: bool = False,
+    device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The k best texts of each image and the k best images of each text, both ways at once.
 
-    The full score matrix never exists: blocks of it are scored and only the best are kept. Not
-    differentiable.
+    For a corpus of any size: blocks of images meet blocks of texts, and of their scores only the
+    best are kept. The tokens of one side or both may live on the CPU, pinned or memory-mapped too,
+    while a GPU scores: it holds a few blocks of 256 MB and the results. Not differentiable.
+
+    Where the blocks fall decides nothing, except the last bit of a score now and then.
 
     Args:
+        image_tokens, text_tokens: as of `maxsim_scores`, but each side on a device of its own, its
+            mask or offsets beside it.
         k: at least 1; what the other side does not hold is left out.
+        max_image_tokens, max_text_tokens: checked, and not needed: offsets are read anyway, which
+            makes a CUDA device that holds them synchronise once.
         direction: "text_to_image" or "image_to_text".
+        device: where to score, and where the results are. Default: where the tokens are; if only
+            one side is on the CPU, where the other one is.
         Others: as of `maxsim_scores`.
 
     Returns:
         ((values, indices) of shape (num_images, min(k, num_texts)),
          (values, indices) of shape (num_texts, min(k, num_images))); best first, of equal scores
-        the lower index first. Values float32 (float64 for float64 tokens), indices int64.
+        the lower index first, NaN before all. Values float32 (float64 for float64 tokens), indices
+        int64.
 
     Raises:
-        ValueError: k below 1, direction "both", and all that `maxsim_scores` refuses.
+        ValueError: k below 1, direction "both", a device that is not there, tokens on two devices
+            other than the CPU and no `device`, and all that `maxsim_scores` refuses.
+        TypeError, BackendError: as `maxsim_scores`.
+
+    Example:
+        >>> captions = torch.from_numpy(numpy.load("captions.npy", mmap_mode="c"))
+        >>> (scores, texts), _ = maxsim_topk(image_tokens, captions, 10, device="cuda")
     """
-    _check_inputs(
-        image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
-        max_image_tokens, max_text_tokens,
-    )  # fmt: skip
+    # The offsets cut the blocks, so the host reads them; their values are then checked at no cost.
+    image_bounds = image_offsets.cpu() if isinstance(image_offsets, Tensor) else image_offsets
+    text_bounds = text_offsets.cpu() if isinstance(text_offsets, Tensor) else text_offsets
+    _check_side("image", image_tokens, image_mask, image_bounds, max_image_tokens)
+    _check_side("text", text_tokens, text_mask, text_bounds, max_text_tokens)
+    check_same_dim("image_tokens", image_tokens, "text_tokens", text_tokens)
+    check_same_device(
+        "image_tokens", image_tokens, image_mask=image_mask, image_offsets=image_offsets
+    )
+    check_same_device("text_tokens", text_tokens, text_mask=text_mask, text_offsets=text_offsets)
     check_choice("direction", direction, DIRECTIONS[:2])
+    check_choice("reduction", reduction, ("mean", "sum"))
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be an int of at least 1; got {k!r}")
-    num_images = _num_items(image_tokens, image_offsets)
-    num_texts = _num_items(text_tokens, text_offsets)
-    image_tokens, text_tokens = of_one_dtype(image_tokens, text_tokens)
-    step = max(1, _TOPK_PAIRS // max(num_texts, 1))
-    bounds = None if image_offsets is None else image_offsets.tolist()
+    images = side_of("image", image_tokens, image_mask, image_bounds)
+    texts = side_of("text", text_tokens, text_mask, text_bounds)
+    device = scoring_device(device, image_tokens, text_tokens)
 
     def tiles() -> Iterator[tuple[slice, slice, Tensor]]:
-        for first in range(0, num_images, step):
-            last = min(first + step, num_images)
-            rows, offsets = slice(first, last), None
-            if image_offsets is not None and bounds is not None:
-                rows = slice(bounds[first], bounds[last])
-                offsets = image_offsets[first : last + 1] - bounds[first]
+        for some_images, some_texts, tokens in block_pairs(images, texts, device):
             scores = maxsim_scores(  # type: ignore[call-overload]  (direction is not "both")
-                image_tokens[rows], text_tokens,
-                image_mask=None if image_mask is None else image_mask[rows],
-                text_mask=text_mask, image_offsets=offsets, text_offsets=text_offsets,
-                max_image_tokens=max_image_tokens, max_text_tokens=max_text_tokens,
-                direction=direction, reduction=reduction,
-                normalize=normalize, backend=backend,
+                **tokens, direction=direction, reduction=reduction, normalize=normalize,
+                backend=backend,
             )  # fmt: skip
-            yield slice(first, last), slice(0, num_texts), scores
+            yield some_images, some_texts, scores
 
-    like = image_tokens.new_empty(0, dtype=reference.score_dtype(image_tokens.dtype))
+    dtype = torch.promote_types(image_tokens.dtype, text_tokens.dtype)
+    like = torch.empty(0, dtype=reference.score_dtype(dtype), device=device)
     with torch.no_grad():
         per_image, image_index, per_text, text_index = streaming_topk(
-            (num_images, num_texts), k, tiles(), like
+            (images.items, texts.items), k, tiles(), like
         )
     return (per_image, image_index), (per_text, text_index)
 

@@ -12,15 +12,35 @@ import torch
 from torch import Tensor
 
 
+def _best_columns(tile: Tensor, k: int) -> Tensor:
+    """(rows, k) columns of each row's k best; of equal scores the lower columns, in their order.
+
+    Which of several equal scores `torch.topk` returns is left open, so it only says where to cut.
+    A second one, over integers that are all different, picks. Sorting the tile takes several times
+    as long, and whatever depends on whether there are ties makes the host wait for the device.
+    """
+    width = tile.shape[1]
+    cut = tile.topk(k, dim=1).values[:, -1:]
+    # k or more NaN: only NaN is neither below nor at infinity.
+    cut = cut.masked_fill(cut.isnan(), torch.inf)
+    place = torch.arange(width, 0, -1, dtype=torch.int32, device=tile.device)
+    place = torch.where(tile == cut, place, place + width)
+    return place.masked_fill_(tile < cut, 0).topk(k, dim=1).indices
+
+
 def _merge(values: Tensor, indices: Tensor, tile: Tensor, first: int, k: int) -> None:
     """Merge tile (rows, n), columns `first` to `first` + n, into the k best so far, in place.
 
     What is kept has lower indices than what comes, so a stable sort keeps the order of ties.
     """
+    if tile.shape[1] > k:
+        column = _best_columns(tile, k)
+        tile = tile.gather(1, column)
+    else:
+        column = torch.arange(tile.shape[1], device=tile.device).expand_as(tile)
     seen = min(first, k)
-    column = torch.arange(first, first + tile.shape[1], device=tile.device).expand_as(tile)
     values_now = torch.cat([values[:, :seen], tile], dim=1)
-    indices_now = torch.cat([indices[:, :seen], column], dim=1)
+    indices_now = torch.cat([indices[:, :seen], column + first], dim=1)
     best, order = values_now.sort(dim=1, descending=True, stable=True)
     kept = min(k, best.shape[1])
     values[:, :kept] = best[:, :kept]
@@ -38,7 +58,8 @@ def streaming_topk(
     Args:
         shape: (rows, columns) of the whole score matrix.
         k: how many, cut to what there is.
-        tiles: (rows, columns, scores) in row-major order of the tiles, covering the matrix once.
+        tiles: (rows, columns, scores), covering the matrix once, in row-major or column-major
+            order of the tiles.
         like: gives device and dtype.
     """
     num_rows, num_columns = shape

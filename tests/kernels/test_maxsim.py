@@ -22,7 +22,6 @@ from fastgoal_kernels import (
     maxsim_alignment,
     maxsim_contrastive_loss,
     maxsim_scores,
-    maxsim_topk,
     pack_tokens,
     reference,
     use_backend,
@@ -659,23 +658,6 @@ def test_bf16_errs_at_most_as_much_as_eager_bf16(backend, device, direction):
         run(torch.bfloat16, ours), run(torch.bfloat16, eager), exact, strict=True
     ):
         assert relative_error(out, want) <= 1.1 * relative_error(rough, want)
-
-
-@pytest.mark.parametrize(("backend", "device"), PLACES)
-@pytest.mark.parametrize("k", [1, 3, 50])
-def test_topk_equals_sorting_the_whole_matrix(backend, device, k, monkeypatch):
-    from fastgoal_kernels.functional import maxsim as public
-
-    monkeypatch.setattr(public, "_TOPK_PAIRS", 14)  # two images a block
-    # Four words each: a mean that is exact, so that a block's scores are the whole matrix's own.
-    case = make_case(11, 5, 7, 6, 4, 8, "ragged", "padded")
-    image, text = (leaf.detach() for leaf in case.leaves(torch.float32, device))
-    layout = {**case.image.arguments(device), **case.text.arguments(device)}
-    out = maxsim_topk(image, text, k, **layout, backend=backend)
-    scores = maxsim_scores(image, text, **layout, backend=backend)
-    for (values, indices), (want, want_indices) in zip(out, reference.topk(scores, k), strict=True):
-        assert torch.equal(values, want)
-        assert torch.equal(indices, want_indices)
 
 
 @pytest.mark.parametrize(("backend", "device"), PLACES)

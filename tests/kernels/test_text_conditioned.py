@@ -30,7 +30,6 @@ from fastgoal_kernels.functional.text_conditioned import (
 from fastgoal_kernels.modules import TextConditionedPool
 from fastgoal_kernels.ops import text_conditioned as ops
 from fastgoal_kernels.ops import text_conditioned_torch as engine
-from fastgoal_kernels.ops.topk import streaming_topk
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 seeds = st.integers(0, 2**31)
@@ -521,27 +520,6 @@ def test_the_same_bits_again():
 # ---------------------------------------------------------------------------------------------
 # Top-k
 # ---------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=seeds, rows=st.integers(0, 7), columns=st.integers(0, 7), k=st.integers(1, 9),
-    tile_rows=st.integers(1, 8), tile_columns=st.integers(1, 8),
-)  # fmt: skip
-def test_streaming_topk_is_the_reference(seed, rows, columns, k, tile_rows, tile_columns):
-    """A few distinct values, so that nearly everything ties; -inf and NaN among them."""
-    torch.manual_seed(seed)
-    values = torch.tensor([0.0, 1.0, 2.0, -torch.inf, torch.nan])
-    scores = values[torch.randint(0, 5, (rows, columns))]
-    tiles = []
-    for r in range(0, rows, tile_rows):
-        for c in range(0, columns, tile_columns):
-            part = slice(r, min(r + tile_rows, rows)), slice(c, min(c + tile_columns, columns))
-            tiles.append((*part, scores[part]))
-    got = streaming_topk((rows, columns), k, tiles, scores)
-    expected = [x for pair in reference.topk(scores, k) for x in pair]
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
