@@ -8,12 +8,14 @@ every NaN. A model that gives all pairs one score thus recalls nothing, instead 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from open_clip import image_transform
 from torch import Tensor
+
+from fastgoal_kernels import maxsim_topk
 
 from .fast_goal import FastGoalModel
 from .glit import GlitRecord, image_tensor, load_image
@@ -53,6 +55,13 @@ def first_right_ranks(scores: Tensor, right: Tensor) -> Tensor:
     if not bool(right.any(dim=1).all()):
         lost = (~right.any(dim=1)).nonzero().flatten().tolist()
         raise ValueError(f"every query needs a right answer; queries {lost[:5]} have none")
+    return _ranks(scores, right)
+
+
+def _ranks(scores: Tensor, right: Tensor) -> Tensor:
+    """`first_right_ranks`, where a query without a right answer ranks behind every candidate."""
+    if scores.shape[1] == 0:  # without candidates amax is an error, also for no queries
+        return scores.new_ones(len(scores), dtype=torch.int64)
     usable = right & ~scores.isnan()
     best = scores.masked_fill(~usable, -torch.inf).amax(dim=1, keepdim=True)
     behind = (scores < best) & usable.any(dim=1, keepdim=True)
@@ -123,6 +132,54 @@ def feature_recall(
     every_image = torch.arange(len(images), device=images.device)
     return _retrieval(
         ranks(texts, images, owner, every_image), ranks(images[owned], texts, owned, owner), ks
+    )
+
+
+def maxsim_recall(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    ks: Sequence[int] = LONG_TEXT_KS,
+    *,
+    text_image: Tensor | None = None,
+    image_offsets: Tensor | None = None,
+    text_offsets: Tensor | None = None,
+    **options: Any,
+) -> Retrieval:
+    """`recall_at_k` of the MaxSim scores of every word with every patch, without their matrix.
+
+    Exact, ties and NaN included, up to rounding in the last bit of a score, because the K + n best
+    candidates of a query with n right answers decide: if K or more wrong ones stand before the best
+    right one, at least K of those are among them.
+
+    Args:
+        image_tokens, text_tokens, image_offsets, text_offsets: as of `maxsim_topk`: padded, masked
+            or ragged tokens, which may stay on the CPU while a GPU scores.
+        ks: the K to report; a K above the number of candidates recalls everything.
+        text_image: (num_texts,) int64, the image each text belongs to; default: text j belongs to
+            image j. Images that own no text are distractors, not queries.
+        options: of `maxsim_topk`: masks, direction, reduction, normalize, device, backend.
+            Both ways are ranked by the scores of the one direction.
+
+    Raises:
+        ValueError: a `text_image` that does not fit, and all that `maxsim_topk` refuses.
+        TypeError, BackendError: as `maxsim_topk`.
+    """
+    owner = _owner(
+        text_image,
+        len(image_tokens if image_offsets is None else image_offsets[1:]),
+        len(text_tokens if text_offsets is None else text_offsets[1:]),
+    )
+    most_right = int(owner.bincount().max()) if len(owner) else 1
+    (image_scores, texts), (text_scores, images) = maxsim_topk(
+        image_tokens, text_tokens, max(ks, default=0) + most_right,
+        image_offsets=image_offsets, text_offsets=text_offsets, **options,
+    )  # fmt: skip
+    owner = owner.to(texts.device)
+    asked = owner.unique()
+    return _retrieval(
+        _ranks(text_scores, images == owner[:, None]),
+        _ranks(image_scores[asked], owner[texts[asked]] == asked[:, None]),
+        ks,
     )
 
 

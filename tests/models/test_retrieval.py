@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from fastgoal_kernels import maxsim_scores, pack_tokens
+from fastgoal_kernels.functional import token_blocks
 from fastgoal_models import FastGoalModel, GlitRecord
 from fastgoal_models.glit import image_tensor, load_image
 from fastgoal_models.retrieval import (
     evaluate,
     feature_recall,
     first_right_ranks,
+    maxsim_recall,
     recall_at_k,
 )
 
@@ -90,6 +95,44 @@ def test_chunks_change_nothing(chunk):
     owner = torch.randint(4, (13,), generator=generator)  # picture 4 owns none
     whole = recall_at_k(images @ texts.T / 4, ks=(1, 2, 5), text_image=owner)
     assert feature_recall(images, texts, ks=(1, 2, 5), text_image=owner, chunk=chunk) == whole
+
+
+@given(
+    seed=st.integers(0, 2**31), num_images=st.integers(1, 9), num_texts=st.integers(0, 12),
+    direction=st.sampled_from(["text_to_image", "image_to_text"]), ragged=st.booleans(),
+    ks=st.lists(st.integers(1, 6), max_size=3),
+)  # fmt: skip
+def test_recall_of_maxsim_needs_no_score_matrix(seed, num_images, num_texts, direction, ragged, ks):
+    """Few distinct scores, exact in float32, so that ties fall at every cut-off; some are NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.randint(0, 2, (num_images, 3, 2), generator=generator).float()
+    words = torch.randint(0, 2, (num_texts, 4, 2), generator=generator).float()
+    words[torch.rand(num_texts, generator=generator) < 0.2] = NAN
+    mask = torch.rand(num_texts, 4, generator=generator) < 0.7
+    owner = torch.randint(num_images, (num_texts,), generator=generator)
+    options = {"direction": direction, "reduction": "sum"}
+    whole = recall_at_k(
+        maxsim_scores(patches, words, text_mask=mask, **options), ks, text_image=owner
+    )
+    layout = {"text_mask": mask}
+    if ragged:
+        words, offsets, longest = pack_tokens(words, mask)
+        layout = {"text_offsets": offsets, "max_text_tokens": longest}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(token_blocks, "_BLOCK_ITEMS", 2)
+        assert maxsim_recall(patches, words, ks, text_image=owner, **layout, **options) == whole
+
+
+def test_maxsim_of_a_collapsed_model_recalls_nothing():
+    found = maxsim_recall(torch.ones(10, 3, 2), torch.ones(10, 4, 2), ks=(1, 5, 10))
+    assert found.text_to_image == found.image_to_text == {1: 0.0, 5: 0.0, 10: 1.0}
+
+
+def test_maxsim_recall_names_what_does_not_fit():
+    with pytest.raises(ValueError, match="2 images, 3 texts: pass text_image"):
+        maxsim_recall(torch.ones(2, 3, 2), torch.ones(6, 2), text_offsets=torch.arange(4) * 2)
+    with pytest.raises(ValueError, match="direction must be one of"):
+        maxsim_recall(torch.ones(2, 3, 2), torch.ones(2, 3, 2), direction="both")
 
 
 @pytest.mark.parametrize(
