@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch", "triton", "numpy", "fastgoal", "late-interaction-kernels", "flash-maxsim",
+    "maxsim-cpu", "fast-maxsim",
 )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Other fused MaxSim kernels, behind one signature, so that all do the same work.
 
-Both peers score one direction a call and sum over query tokens; a second call gives the other
-direction, PyTorch divides and adds the loss. Neither is a dependency: what is not installed, or can
-not run on the device at hand, is left out with the reason.
+All peers score one direction a call and sum over query tokens; a second call gives the other
+direction, PyTorch divides and adds the loss. None is a dependency: what is not installed, or can
+not run on the device at hand, is left out with the reason. Those of a GPU are here, those of a CPU
+in cpu_peers.py.
 
     pip install --no-deps late-interaction-kernels flash-maxsim
 """
@@ -42,12 +43,19 @@ Score = Callable[[Tensor, Captions, tuple[str, ...]], Scores]
 
 @dataclass(frozen=True)
 class Peer:
-    """A package and how to call it."""
+    """A package and how to call it.
+
+    Attributes:
+        device: the kind of device that this way of calling it is for, "cuda" or "cpu".
+        native: compiled code on NumPy arrays: no gradients, and memory that PyTorch does not see.
+    """
 
     name: str
     module: str
     licence: str
     call: Callable[[ModuleType, Tensor, Captions, tuple[str, ...]], Scores]
+    device: str = "cuda"
+    native: bool = False
 
     def load(self, device: torch.device) -> Score:
         """Its scores as a function of image tokens, captions and directions.
@@ -55,8 +63,9 @@ class Peer:
         Raises:
             Unavailable: not installed, not importable, or not made for this device.
         """
-        if device.type != "cuda":
-            raise Unavailable("its kernels need a CUDA device")
+        if device.type != self.device:
+            kind = {"cuda": "a CUDA device", "cpu": "a CPU"}[self.device]
+            raise Unavailable(f"its kernels need {kind}")
         try:
             module = importlib.import_module(self.module)
         except Exception as error:  # other people's import-time code can raise anything

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastgoal_kernels.backends import BackendError, choose_backend
 
 from . import baselines
 from .baselines import Scores
+from .cpu_peers import CPU_PEERS, try_elsewhere
 from .peers import PEERS, Captions, Unavailable
 
 LOGIT_SCALE = 1 / 0.07
@@ -114,6 +116,17 @@ def useful_flop(work: Workload, captions: Captions) -> float:
     return 2.0 * work.images * work.image_tokens * texts * work.dim
 
 
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Within: float32 products at torch.set_float32_matmul_precision(precision)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 Work = Callable[[Inputs], Any]  # scores by direction, or the loss
 
 
@@ -146,6 +159,10 @@ def _with_loss(work: Workload, score: Callable[[Inputs], Scores]) -> Work:
     return lambda inputs: baselines.filip_loss(score(inputs), LOGIT_SCALE)
 
 
+EAGER = {"eager amax": baselines.scores_amax, "eager max": baselines.scores_max}
+COMPILED = {"torch.compile": "eager amax", "torch.compile max": "eager max"}
+
+
 def _eager(work: Workload, score: Callable[..., Scores]) -> Work:
     if work.layout == "packed":
         raise Unavailable("takes padded captions only; see the padded row")
@@ -170,13 +187,16 @@ def build(name: str, work: Workload, inputs: Inputs) -> Work:
         except BackendError as error:
             raise Unavailable(str(error)) from error
         return _fastgoal(work, backend)
-    if name == "eager amax":
-        return _eager(work, baselines.scores_amax)
-    if name == "eager max":
-        return _eager(work, baselines.scores_max)
-    if name == "torch.compile":
-        return torch.compile(_eager(work, baselines.scores_amax))
-    score = next(peer for peer in PEERS if peer.name == name).load(inputs.images.device)
+    if name in EAGER:
+        return _eager(work, EAGER[name])
+    if name in COMPILED:  # static shapes: the best that it can do for one workload
+        return torch.compile(_eager(work, EAGER[COMPILED[name]]), dynamic=False)
+    device = inputs.images.device
+    ways = [peer for peer in (*PEERS, *CPU_PEERS) if peer.name == name]
+    peer = next((way for way in ways if way.device == device.type), ways[0])
+    score = peer.load(device)
+    if peer.native:
+        try_elsewhere(peer, work.text_tokens, work.image_tokens, work.dim)
     return _with_loss(work, lambda inputs: score(inputs.images, inputs.captions, work.directions))
 
 
