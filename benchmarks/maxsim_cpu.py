@@ -1,11 +1,29 @@
-"""The contrastive MaxSim loss on a CPU against eager PyTorch: time and memory in one run.
+"""MaxSim on a CPU against everything else that runs there: time and memory in one run.
 
     python -m benchmarks.maxsim_cpu [--size 64 | 128] [--rounds N] [--threads 2] [--json PATH]
 
-Forward and backward of the softmax loss, both directions, float32, T 77, R 196, D 512. Each round
-runs every rival once, so that a busy machine slows all of them alike; best times stand beside the
-medians, because they suffer least from it. Extra memory is the peak of live tensor bytes beyond
-the inputs and their gradients.
+Against eager PyTorch (`amax` and `max(dim)`), torch.compile of both, and other people's libraries,
+which are optional (`pip install --no-deps late-interaction-kernels maxsim-cpu fast-maxsim`; Apache
+2.0 all): a training step of the softmax loss, the scores alone for those without gradients, and
+captions that fill 55 % of a longer context. Both directions, float32, R 196, D 512, T 77 or 248.
+
+Parity is asserted before anything is timed. Each round runs every rival once, so that a busy
+machine slows all of them alike; best times stand beside the medians, because they suffer least from
+it. Compilation is not timed. Extra memory is the peak of live tensor bytes beyond the inputs and
+what the call returns; what a library allocates outside of PyTorch is not seen.
+
+The JSON it writes:
+
+    schema 2, kind "maxsim_cpu", command, date, source {commit, modified}, versions, device {...}
+    rows                       one per section and contender:
+        section                training | forward | ragged
+        contender bfloat16     the latter: float32 tokens may be multiplied in bfloat16
+        op direction stage images texts text_tokens image_tokens dim dtype layout fill
+        status                 ok | unavailable | wrong | failed
+        reason                 why, when it is not ok
+        parity                 largest relative error against float32: {scores | loss | gradients}
+        extra_bytes            null where it is not seen
+        median_ms low_ms high_ms best_ms repeats       with the 20th and 80th percentile
 """
 
 from __future__ import annotations
@@ -22,83 +40,126 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import facts, parity
+from . import cpu_sections, facts, parity
+from .cpu_peers import CPU_PEERS, limit_native_threads
+from .cpu_sections import Entrant, Row, Section
 from .measure import forward_backward, measure_in_turns, measure_memory
-from .workloads import Workload, build, make_inputs
+from .peers import Unavailable
+from .workloads import Inputs, Workload, build, float32_products, make_inputs
 
-OURS = "fastgoal torch"
-RIVALS = ("eager amax", "eager max")
-# Times faster than each rival, and the share of its extra memory: what each size promises.
-TARGETS = {
-    64: {"eager amax": 3.5, "eager max": 2.5, "memory": 1 / 10},
-    128: {"eager amax": 5.0, "eager max": 3.0, "memory": 1 / 20},
-}
-
-
-def workload(size: int) -> Workload:
-    """size × size pairs of the sizes that the promise is about."""
-    return Workload(
-        "maxsim_contrastive_loss", "both", "forward+backward", size, size, 77, 196, 512, "float32"
-    )
+CPU = torch.device("cpu")
+NATIVE = {peer.name for peer in CPU_PEERS if peer.native}
+# Of the tensor of all similarities: the most that plain PyTorch holds at once (amax, both
+# directions, in the backward), with a little to spare.
+SIMILARITY_COPIES = 4.5
 
 
-def measure(work: Workload, rounds: int) -> dict[str, dict[str, Any]]:
-    """Parity, memory and time of ours and each rival. Raises when a result is wrong."""
-    cpu = torch.device("cpu")
-    inputs = make_inputs(work, cpu)
-    rows: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Callable[[], Any]] = {}
-    for name in (OURS, *RIVALS):
-        call = build(name, work, inputs)
+def available_memory() -> float:
+    """Bytes that can be had without swapping, as far as the system says."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    return float("inf")
+
+
+def require_memory(entrant: Entrant) -> None:
+    """Raise Unavailable where a contender that holds all similarities would exhaust the machine."""
+    if entrant.ours or entrant.contender in NATIVE:
+        return
+    work = entrant.work
+    similarities = work.images * work.texts * work.text_tokens * work.image_tokens
+    needs, has = SIMILARITY_COPIES * 4 * similarities, available_memory()
+    if needs > has:
+        raise Unavailable(f"may need {needs / 1e9:.0f} GB, and {has / 1e9:.0f} GB are free")
+
+
+def check(entrant: Entrant, errors: dict[str, float]) -> None:
+    """Raise AssertionError if a result is wrong, Unavailable if it is not what the row is about."""
+    limits = parity.BF16_PRODUCTS if entrant.bfloat16 else parity.EXACT
+    wrong = [f"{key} {error:.2g}" for key, error in errors.items() if not error <= limits[key]]
+    if wrong:
+        raise AssertionError(f"relative error of {', '.join(wrong)}")
+    if entrant.bfloat16 and all(error < parity.FLOAT32 for error in errors.values()):
+        raise Unavailable("it multiplies in float32 here even if it may use bfloat16")
+
+
+def prepare(entrant: Entrant, inputs: Inputs) -> tuple[Callable[[], Any], Row]:
+    """What is to be timed, once it is right, and what is known of it before.
+
+    Raises:
+        Unavailable: it can not take part; the message says why.
+    """
+    require_memory(entrant)
+    precision = "medium" if entrant.bfloat16 else "highest"
+    work = entrant.work
+    with float32_products(precision):
+        call = build(entrant.contender, work, inputs)
         errors = parity.measure(work, call, inputs)
-        wrong = {key: error for key, error in errors.items() if not error <= parity.EXACT[key]}
-        if wrong:
-            raise AssertionError(f"{name} is wrong: relative errors {wrong}")
+    check(entrant, errors)
 
-        def step(call: Callable[..., Any] = call) -> Any:
-            return forward_backward(lambda: call(inputs), inputs.leaves)
+    def step() -> Any:
+        with float32_products(precision):
+            if work.stage == "forward+backward":
+                return forward_backward(lambda: call(inputs), inputs.leaves)
+            return tuple(call(inputs).values())
 
-        steps[name] = step
-        rows[name] = {"parity": errors, "extra_bytes": measure_memory(step, cpu)}
-    for name, timing in measure_in_turns(steps, rounds).items():
-        rows[name].update(asdict(timing))
+    extra = None if entrant.contender in NATIVE else measure_memory(step, CPU)
+    return step, {"parity": errors, "extra_bytes": extra}
+
+
+EMPTY_ROW = dict.fromkeys(
+    ("status", "reason", "parity", "extra_bytes", "median_ms", "low_ms", "high_ms", "best_ms",
+     "repeats")
+)  # fmt: skip
+
+
+def measure(section: Section, rounds: int) -> list[Row]:
+    """A row for each entrant. Raises when ours is wrong or fails; a rival is left out then."""
+    rows: list[Row] = []
+    steps: dict[str, Callable[[], Any]] = {}
+    inputs: dict[Workload, Inputs] = {}
+    for entrant in section.entrants:
+        work = entrant.work
+        if work not in inputs:
+            inputs[work] = make_inputs(work, CPU)
+        row: Row = {
+            "section": section.name, "contender": entrant.label, "bfloat16": entrant.bfloat16,
+            **work.as_json(), **EMPTY_ROW,
+        }  # fmt: skip
+        try:
+            steps[entrant.label], known = prepare(entrant, inputs[work])
+            row.update(known, status="ok")
+        except Unavailable as error:
+            row.update(status="unavailable", reason=str(error))
+        except Exception as error:  # other people's code can fail in any way
+            if entrant.ours:
+                raise
+            status = "wrong" if isinstance(error, AssertionError) else "failed"
+            row.update(status=status, reason=parity.first_line(error))
+        rows.append(row)
+    timings = measure_in_turns(steps, rounds)
+    for row in rows:
+        if row["contender"] in timings:
+            row.update(asdict(timings[row["contender"]]))
     return rows
 
 
-def verdict(value: float, target: float, at_least: bool) -> str:
-    """The value beside what was promised, and whether it holds."""
-    holds = value >= target if at_least else value <= target
-    sign = "≥" if at_least else "≤"
-    return f"{value:.3g} ({sign} {target:.3g}: {'yes' if holds else 'MISSED'})"
-
-
-def table(work: Workload, rows: dict[str, dict[str, Any]]) -> Table:
-    """Time and memory of each, and ours relative to each rival."""
-    ours = rows[OURS]
-    targets = TARGETS.get(work.images, {})
-    result = Table(title=f"{work.describe()}, {torch.get_num_threads()} threads")
-    for column in (
-        "", "time ms", "20–80 %", "ours is faster ×", "best ms", "by best times ×", "extra MB",
-        "ours needs, of it",
-    ):  # fmt: skip
-        result.add_column(column, justify="left" if not column else "right")
-    for name, row in rows.items():
-        faster = row["median_ms"] / ours["median_ms"]
-        share = ours["extra_bytes"] / row["extra_bytes"]
-        speed, memory = f"{faster:.3g}", f"{share:.3g}"
-        if name != OURS and targets:
-            speed = verdict(faster, targets[name], at_least=True)
-            memory = verdict(share, targets["memory"], at_least=False)
-        result.add_row(
-            name, f"{row['median_ms']:.1f}", f"{row['low_ms']:.1f}–{row['high_ms']:.1f}", speed,
-            f"{row['best_ms']:.1f}", f"{row['best_ms'] / ours['best_ms']:.3g}",
-            f"{row['extra_bytes'] / 1e6:,.1f}", memory,
-        )  # fmt: skip
-    return result
+def show(rows: list[Row], console: Console) -> None:
+    """The table of one section and its footer."""
+    result = Table(title=f"{cpu_sections.title(rows)}, {torch.get_num_threads()} threads")
+    for column in cpu_sections.HEAD:
+        result.add_column(column, justify="right" if column else "left")
+    for cells in cpu_sections.table(rows):
+        result.add_row(*cells)
+    console.print(result)
+    for line in cpu_sections.footer(rows):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; always 0 unless a result is wrong: times are read, not asserted."""
+    """The command; always 0 unless our result is wrong: times are read, not asserted."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.maxsim_cpu", description=__doc__.splitlines()[0]
     )
@@ -108,21 +169,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    work = workload(arguments.size)
-    rows = measure(work, arguments.rounds)
-    Console(width=None if sys.stdout.isatty() else 140).print(table(work, rows))
+    limit_native_threads(arguments.threads)
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    rows: list[Row] = []
+    for section in cpu_sections.sections(arguments.size):
+        measured = measure(section, arguments.rounds)
+        show(measured, console)
+        rows += measured
     if arguments.json:
         command = (
             f"python -m benchmarks.maxsim_cpu --size {arguments.size} "
             f"--rounds {arguments.rounds} --threads {arguments.threads}"
         )
         document = {
-            "schema": 1,
-            "kind": "maxsim_cpu",
-            **facts.provenance(command, torch.device("cpu")),
-            "workload": work.as_json(),
-            "rows": [{"contender": name, **row} for name, row in rows.items()],
-        }
+            "schema": 2, "kind": "maxsim_cpu", **facts.provenance(command, CPU), "rows": rows,
+        }  # fmt: skip
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0

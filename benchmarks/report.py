@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import cpu_sections
 from .facts import ROOT
 from .peers import PEERS
 
@@ -242,39 +243,20 @@ def device_section(document: Document, plot: str | None) -> str:
 
 
 def cpu_section(document: Document, plot: str | None) -> str:
-    from .maxsim_cpu import OURS, TARGETS
-
-    work = document["workload"]
-    rows = {row["contender"]: row for row in document["rows"]}
-    targets, ours = TARGETS.get(work["images"], {}), rows[OURS]
-    lines = []
-    for name, row in rows.items():
-        faster = row["median_ms"] / ours["median_ms"]
-        share = ours["extra_bytes"] / row["extra_bytes"]
-        cells = [
-            name,
-            f"{row['median_ms']:.1f} ({row['low_ms']:.1f}–{row['high_ms']:.1f})",
-            f"{row['best_ms']:.1f}",
-        ]
-        if name == OURS or not targets:
-            cells += [f"{faster:.2f}", f"{row['extra_bytes'] / 1e6:,.1f}", f"{share:.3f}"]
-        else:
-            speed_holds = "holds" if faster >= targets[name] else "MISSED"
-            memory_holds = "holds" if share <= targets["memory"] else "MISSED"
-            cells += [
-                f"{faster:.2f} (≥ {targets[name]:g}: {speed_holds})",
-                f"{row['extra_bytes'] / 1e6:,.1f}",
-                f"{share:.3f} (≤ {targets['memory']:g}: {memory_holds})",
-            ]
-        lines.append(cells)
-    head = ["", "ms (20–80 %)", "best ms", "ours is faster ×", "extra MB", "ours needs, of it"]
+    row = document["rows"][0]
     parts = [
-        f"### {describe(work)}, {document['device']['threads']} threads\n",
+        f"### {row['images']} × {row['texts']} pairs, {document['device']['threads']} threads\n",
         provenance(document),
     ]
     if plot:
         parts.append(f"![time and memory]({plot})\n")
-    return "\n".join([*parts, markdown_table(head, lines)])
+    for rows in cpu_sections.by_section(document["rows"]).values():
+        parts.append(f"**{cpu_sections.title(rows)}**\n")
+        parts.append(markdown_table(cpu_sections.HEAD, cpu_sections.table(rows)))
+        footer = [f"- {line}" for line in cpu_sections.footer(rows)]
+        if footer:
+            parts.append("\n".join(footer) + "\n")
+    return "\n".join(parts)
 
 
 def page(documents: list[Document], plots: dict[str, str]) -> str:
@@ -286,7 +268,8 @@ def page(documents: list[Document], plots: dict[str, str]) -> str:
         "Written by `python -m benchmarks.report` from the files in `benchmarks/results/`. "
         "Medians of warm calls; in brackets the 20th to 80th percentile. Parity with float32 is "
         "asserted before anything is timed. Extra memory is the peak beyond the inputs and what "
-        "the call returns (scores, or gradients). Lost races are listed too.\n",
+        'the call returns (scores, or gradients); "not seen" is what a library allocates outside '
+        "of PyTorch. Lost races are listed too.\n",
         "## Promises for an H200, bf16\n",
     ]
     if not gpus:
@@ -304,7 +287,7 @@ def page(documents: list[Document], plots: dict[str, str]) -> str:
     small = [document for document in documents if document["kind"] == "maxsim_cpu"]
     parts += [
         cpu_section(document, plots.get(document["stem"]))
-        for document in sorted(small, key=lambda d: d["workload"]["images"])
+        for document in sorted(small, key=lambda d: d["rows"][0]["images"])
     ]
     if not small and not cpus:
         parts.append("Not yet measured: `python -m benchmarks.maxsim_cpu`.\n")
@@ -319,12 +302,10 @@ def plot(document: Document, folder: Path) -> Path | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    all_rows = document["rows"]
-    if document["kind"] == "maxsim_cpu":  # one workload, and only what was measured
-        all_rows = [{**document["workload"], **row, "status": "ok"} for row in all_rows]
+    small = document["kind"] == "maxsim_cpu"
     steps = [
         [row for row in rows if row["status"] == "ok"]
-        for rows in groups(all_rows).values()
+        for rows in (cpu_sections.by_section if small else groups)(document["rows"]).values()
         if rows[0]["stage"] == "forward+backward"
     ]
     steps = [rows for rows in steps if rows]
@@ -350,7 +331,8 @@ def plot(document: Document, folder: Path) -> Path | None:
             axis.tick_params(labelsize=8)
             axis.margins(x=0.12)
         memory_axis.set_yticklabels([])
-        time_axis.set_title(describe(rows[0]), fontsize=8, loc="left")
+        title = cpu_sections.title(rows) if small else describe(rows[0])
+        time_axis.set_title(title, fontsize=8, loc="left")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{document['stem']}.png"
     figure.savefig(path, dpi=120)

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("rich", reason="rich is not installed (extra: bench)")
 
-from benchmarks import device, maxsim_cpu, report
-from benchmarks.workloads import CONTENDERS, Workload, sweep, takes_part
+from benchmarks import device, report
+from benchmarks.workloads import CONTENDERS, sweep, takes_part
 
 
 @pytest.fixture(scope="module")
@@ -145,26 +145,3 @@ def test_promises_and_lost_races_are_read_from_the_rows():
     assert len(lost) == 2
     assert "fastgoal torch takes 0.80 of our time" in lost[0]
     assert "flash-maxsim takes 0.50 of our memory" in lost[1]
-
-
-def test_the_cpu_table_is_printed_written_and_reported(tmp_path, monkeypatch, capsys):
-    tiny = Workload(
-        "maxsim_contrastive_loss", "both", "forward+backward", 64, 64, 3, 5, 8, "float32"
-    )  # the size that has targets, and tokens small enough for a test
-    monkeypatch.setattr(maxsim_cpu, "workload", lambda size: tiny)
-    path = tmp_path / "maxsim-cpu.json"
-    threads = torch.get_num_threads()
-    try:
-        arguments = ["--rounds", "3", "--threads", "1", "--json", str(path)]
-        assert maxsim_cpu.main(arguments) == 0
-    finally:
-        torch.set_num_threads(threads)
-    printed = capsys.readouterr().out
-    assert "fastgoal torch" in printed and "eager amax" in printed and "≥ 3.5" in printed
-    rows = {row["contender"]: row for row in json.loads(path.read_text())["rows"]}
-    assert set(rows) == {"fastgoal torch", "eager amax", "eager max"}
-    # Eager holds 64 x 64 x 3 x 5 similarities in float32 at the very least.
-    assert rows["eager amax"]["extra_bytes"] > 64 * 64 * 3 * 5 * 4
-    out = tmp_path / "benchmarks.md"
-    report.main(["--results", str(tmp_path), "--out", str(out)])
-    assert "eager max" in out.read_text() and "(≥ 3.5: " in out.read_text()
