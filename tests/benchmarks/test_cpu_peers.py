@@ -3,10 +3,10 @@
 Stand-ins with the peers' signatures take the place of their code.
 """
 
-import importlib
 import importlib.util
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,7 +111,7 @@ def test_a_contender_is_looked_up_by_name_and_device(monkeypatch):
     work = forward(5, 7, 16)
     inputs = make_inputs(work, CPU)
     monkeypatch.setitem(
-        importlib.sys.modules, "late_interaction_kernels", STAND_INS["late-interaction-kernels"]
+        sys.modules, "late_interaction_kernels", STAND_INS["late-interaction-kernels"]
     )
     call = build("late-interaction-kernels", work, inputs)
     assert parity.measure(work, call, inputs)["scores"] < 1e-6
@@ -124,7 +124,7 @@ def test_a_contender_is_looked_up_by_name_and_device(monkeypatch):
 
 
 def test_a_missing_library_says_so(monkeypatch):
-    monkeypatch.setitem(importlib.sys.modules, "maxsim_cpu", None)  # as if not installed
+    monkeypatch.setitem(sys.modules, "maxsim_cpu", None)  # as if not installed
     work = forward(5, 7, 16)
     with pytest.raises(Unavailable, match="import fails: ModuleNotFoundError"):
         build("maxsim-cpu", work, make_inputs(work, CPU))
