@@ -33,12 +33,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     # maximum is the same function (NaN wins), a thousand times faster.
     from triton.runtime.interpreter import ReduceOps
 
-    from fastgoal_kernels.ops.maxsim_triton import _nan_max
+    from fastgoal_kernels.ops.tiles_triton import nan_max
 
     _apply = ReduceOps.apply_impl
 
     def _apply_fast(self, input):
-        if self.combine_fn is _nan_max:
+        if self.combine_fn is nan_max:
             return self.min_max(input[0], val_reduce_op=np.max)
         return _apply(self, input)
 

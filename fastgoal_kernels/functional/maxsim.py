@@ -117,6 +117,7 @@ def _scores(
     reduction: str,
     normalize: bool,
     save_winners: bool,
+    skip_zeros: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op's four outputs, from inputs of one dtype."""
     if normalize:
@@ -125,7 +126,7 @@ def _scores(
         image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
         image_tokens.shape[0] if max_image_tokens is None else max_image_tokens,
         text_tokens.shape[0] if max_text_tokens is None else max_text_tokens,
-        direction, reduction == "mean", save_winners, chosen,
+        direction, reduction == "mean", save_winners, chosen, skip_zeros,
     )  # fmt: skip
 
 
@@ -457,7 +458,12 @@ def maxsim_contrastive_loss(
         direction: "both", "text_to_image" or "image_to_text".
         grad_filter_eps: treat a pair as having no gradient for its tokens when
             num_texts * |dL/dz| falls below this (the upstream gradient divided out, so neither
-            batch size nor loss scaling matters). None = keep all. Scale and bias see every pair.
+            batch size nor loss scaling matters); its part of the backward is not computed. None =
+            keep all. Scale and bias see every pair. What an image's tokens lose is, as a Frobenius
+            norm, below 2 * grad_filter_eps * logit_scale * (the longest text token) times the
+            upstream gradient; likewise for texts, times num_images / num_texts. 1e-5 is a good
+            value: until the loss falls below about 0.02 what is skipped stays under what rounding
+            the gradients to bfloat16 costs anyway, and a trained model has few pairs above it.
         backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
@@ -511,7 +517,7 @@ def maxsim_contrastive_loss(
         t2i, i2t, _, _ = _scores(
             chosen, image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
             max_image_tokens, max_text_tokens, direction, "mean", normalize,
-            _keep_winners(image_tokens, text_tokens, recompute),
+            _keep_winners(image_tokens, text_tokens, recompute), skip_zeros=bool(grad_filter_eps),
         )  # fmt: skip
         rows = t2i if direction == "text_to_image" else i2t
         loss, _, _ = score_loss(

@@ -67,10 +67,12 @@ def maxsim(
     mean: bool,
     save_winners: bool,
     backend: str,
+    skip_zeros: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(t2i scores, i2t scores, t2i winners, i2t winners); what is not wanted has no elements.
 
-    `max_*_tokens` bound the lengths; of padded tokens they are ignored.
+    `max_*_tokens` bound the lengths; of padded tokens they are ignored. `skip_zeros` is for the
+    backward: most gradients of the scores will be 0.
     """
     images, texts = _rows(
         image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
@@ -83,7 +85,7 @@ def maxsim(
 @maxsim.register_fake
 def _(
     image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
-    max_image_tokens, max_text_tokens, direction, mean, save_winners, backend,
+    max_image_tokens, max_text_tokens, direction, mean, save_winners, backend, skip_zeros=False,
 ):  # fmt: skip
     num_images, num_texts = _items(image_tokens, image_offsets), _items(text_tokens, text_offsets)
     longest_image = max_image_tokens if image_tokens.ndim == 2 else image_tokens.shape[1]
@@ -123,6 +125,7 @@ def maxsim_backward(
     need_image: bool,
     need_text: bool,
     backend: str,
+    skip_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dL/d image_tokens, dL/d text_tokens); the one that is not needed has no elements."""
     images, texts = _rows(
@@ -133,7 +136,7 @@ def maxsim_backward(
     i2t = None if i2t_grad is None else (i2t_winners, i2t_grad.contiguous())
     with on_device_of(image_tokens):
         image_grad, text_grad = _engine(backend).backward(
-            images, texts, t2i, i2t, need_image, need_text
+            images, texts, t2i, i2t, need_image, need_text, skip_zeros
         )
     none = image_tokens.new_empty(0)
     return (
@@ -146,7 +149,7 @@ def maxsim_backward(
 def _(
     t2i_grad, i2t_grad, t2i_winners, i2t_winners, image_tokens, text_tokens,
     image_mask, text_mask, image_offsets, text_offsets, max_image_tokens, max_text_tokens,
-    mean, need_image, need_text, backend,
+    mean, need_image, need_text, backend, skip_zeros,
 ):  # fmt: skip
     return (
         image_tokens.new_empty(image_tokens.shape if need_image else 0),
@@ -155,9 +158,9 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, max_image, max_text, ctx.direction, ctx.mean, ctx.save_winners, ctx.backend = inputs
-    ctx.max_tokens = max_image, max_text
-    ctx.save_for_backward(*tensors, output[2], output[3])
+    ctx.max_tokens = inputs[6:8]
+    ctx.direction, ctx.mean, ctx.save_winners, ctx.backend, ctx.skip_zeros = inputs[8:]
+    ctx.save_for_backward(*inputs[:6], output[2], output[3])
 
 
 def _backward(ctx, t2i_grad, i2t_grad, _t2i_winners_grad, _i2t_winners_grad):
@@ -171,12 +174,12 @@ def _backward(ctx, t2i_grad, i2t_grad, _t2i_winners_grad, _i2t_winners_grad):
         None if ctx.direction == "image_to_text" else t2i_grad,
         None if ctx.direction == "text_to_image" else i2t_grad,
         t2i_winners, i2t_winners, *tensors, *ctx.max_tokens, ctx.mean,
-        need_image, need_text, ctx.backend,
+        need_image, need_text, ctx.backend, ctx.skip_zeros,
     )  # fmt: skip
     return (
         image_grad if need_image else None,
         text_grad if need_text else None,
-        *(None,) * 10,
+        *(None,) * 11,
     )
 
 

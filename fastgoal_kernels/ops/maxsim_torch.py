@@ -171,12 +171,18 @@ def backward(
     i2t: tuple[Tensor, Tensor] | None,
     need_image: bool,
     need_text: bool,
+    skip_zeros: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of both sides' rows from (winners, dL/dS (images, texts)) of each direction."""
-    i2t_own_text = (i2t[0], i2t[1].T) if i2t else None
-    t2i_own_text = (t2i[0], t2i[1].T) if t2i else None
-    image_grad = _side_gradient(images, texts, i2t, t2i) if need_image else None
-    text_grad = _side_gradient(texts, images, t2i_own_text, i2t_own_text) if need_text else None
+    """Gradients of both sides' rows from (winners, dL/dS (images, texts)) of each direction.
+
+    skip_zeros: many dL/dS are 0, so that it pays to leave their bag entries out. Only on a CPU: a
+    CUDA device would have to tell the host how many are left.
+    """
+    i2t_of_text = (i2t[0], i2t[1].T) if i2t else None
+    t2i_of_text = (t2i[0], t2i[1].T) if t2i else None
+    skip = skip_zeros and images.rows.device.type == "cpu"
+    image_grad = _side_gradient(images, texts, i2t, t2i, skip) if need_image else None
+    text_grad = _side_gradient(texts, images, t2i_of_text, i2t_of_text, skip) if need_text else None
     return image_grad, text_grad
 
 
@@ -185,6 +191,7 @@ def _side_gradient(
     other: TokenRows,
     gather: tuple[Tensor, Tensor] | None,
     scatter: tuple[Tensor, Tensor] | None,
+    skip_zeros: bool,
 ) -> Tensor:
     """d own.rows; both gradients of the scores come as (own items, other items)."""
     dtype = score_dtype(own.rows.dtype)
@@ -204,9 +211,11 @@ def _side_gradient(
                 rows = slice(own_bounds[items.start], own_bounds[items.stop])
                 bags = []
                 if gather:
-                    bags.append(_gather_bags(own, items, rows, other, others, *gather))
+                    bags.append(_gather_bags(own, items, rows, other, others, *gather, skip_zeros))
                 if scatter:
-                    bags.append(_scatter_bags(own, items, rows, other, other_rows, *scatter))
+                    bags.append(
+                        _scatter_bags(own, items, rows, other, other_rows, *scatter, skip_zeros)
+                    )
                 for slab, columns in zip(slabs, gradient[rows].split(width, dim=1), strict=True):
                     for index, first_of_bag, share in bags:
                         columns += F.embedding_bag(
@@ -246,7 +255,7 @@ _Bags = tuple[Tensor, "Tensor | None", Tensor]
 
 def _gather_bags(
     own: TokenRows, items: slice, rows: slice, other: TokenRows, others: slice,
-    winners: Tensor, grad: Tensor,
+    winners: Tensor, grad: Tensor, skip_zeros: bool,
 ) -> _Bags:  # fmt: skip
     """Own row q sums w_q * g[item of q, x] * (its winner in x) over the other items x."""
     starts, alive = other.starts[others], other.lengths[others] > 0
@@ -254,12 +263,17 @@ def _gather_bags(
     index = winners[others, rows].T.contiguous() + (starts - starts[0])
     index = torch.where(alive, index, 0)
     share = torch.where(alive, grad[items, others], 0)[own.row_item[rows] - items.start]
-    return index, None, share * own.row_weight[rows, None]
+    share = share * own.row_weight[rows, None]
+    if not skip_zeros:
+        return index, None, share
+    kept = share != 0
+    counts = kept.sum(dim=1)
+    return index[kept], counts.cumsum(0) - counts, share[kept]
 
 
 def _scatter_bags(
     own: TokenRows, items: slice, rows: slice, other: TokenRows, other_rows: slice,
-    winners: Tensor, grad: Tensor,
+    winners: Tensor, grad: Tensor, skip_zeros: bool,
 ) -> _Bags:  # fmt: skip
     """Own row k of item x sums g[x, item of s] * w_s * s over the other rows s that it won."""
     weight, row_item = other.row_weight[other_rows], other.row_item[other_rows]
@@ -267,9 +281,14 @@ def _scatter_bags(
     num_bags = rows.stop - rows.start
     if not (own.full and other.full):  # rows without a vote go to a bag behind the last
         bag = torch.where((weight != 0) & (own.lengths[items, None] > 0), bag, num_bags)
-    bag, order = bag.flatten().sort(stable=True)
+    bag, share = bag.flatten(), (grad[items][:, row_item] * weight).flatten()
+    entry = None
+    if skip_zeros:
+        entry = share.nonzero().squeeze(1)
+        bag = bag[entry]
+    bag, order = bag.sort(stable=True)
+    order = order if entry is None else entry[order]
     first_of_bag = torch.searchsorted(
         bag, torch.arange(num_bags + 1, dtype=bag.dtype, device=bag.device)
     )
-    share = (grad[items][:, row_item] * weight).flatten()
     return order % len(weight), first_of_bag, share[order]

@@ -25,6 +25,7 @@ class TokenRows(NamedTuple):
     row_weight: Tensor  # (total,) float32 or float64: its share in the mean; 0 = padding
     longest: int  # no item is longer
     full: bool  # known without looking: every item has `longest` rows and none is padding
+    has_holes: bool  # perhaps: valid rows need not be an item's first
 
     @property
     def items(self) -> int:
@@ -87,10 +88,10 @@ def token_rows(
     row_weight = valid.to(score_dtype(tokens.dtype))
     if mean and len(counts):
         row_weight = row_weight / counts.clamp_min(1)[row_item]
-    full = mask is None and offsets is None
     return TokenRows(
-        rows.contiguous(), starts, lengths.int(), row_item.int(), row_weight, longest, full
-    )
+        rows.contiguous(), starts, lengths.int(), row_item.int(), row_weight, longest,
+        full=mask is None and offsets is None, has_holes=mask is not None,
+    )  # fmt: skip
 
 
 def winner_dtype(longest: int) -> torch.dtype:

@@ -424,6 +424,51 @@ def test_the_gradient_filter_drops_exactly_the_pairs_below_it(backend, device, o
         assert torch.equal(grads[2], d_scale)  # the scale sees every pair
 
 
+def trained_tokens(pairs: int, noise: float) -> list[Tensor]:
+    """Unit tokens whose words are noisy copies of regions of their own image."""
+    generator = torch.Generator().manual_seed(11)
+    image = torch.randn(pairs, 16, 64, generator=generator)
+    image = torch.nn.functional.normalize(image, dim=-1)
+    region = torch.randint(0, 16, (pairs, 8, 1), generator=generator).expand(-1, -1, 64)
+    text = image.gather(1, region)
+    text = text + noise / 8 * torch.randn(text.shape, generator=generator)
+    return [image, torch.nn.functional.normalize(text, dim=-1)]
+
+
+def gradients_with_filter(tokens, eps, backend, device, direction="both"):
+    leaves = [x.to(device).requires_grad_() for x in tokens]
+    loss = maxsim_contrastive_loss(
+        *leaves, 100.0, direction=direction, grad_filter_eps=eps, backend=backend
+    )
+    return torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+def test_the_gradient_filter_skips_no_more_than_it_promises(backend, device, eps):
+    """The promise follows from |dL/dz| < eps / num_texts and |dS/d image tokens| <= |text token|."""
+    tokens = trained_tokens(5 if INTERPRETED else 64, noise=3.0)
+    for direction in DIRECTIONS:
+        full = gradients_with_filter(tokens, None, backend, device, direction)
+        filtered = gradients_with_filter(tokens, eps, backend, device, direction)
+        for whole, kept, other in zip(full, filtered, reversed(tokens), strict=True):
+            skipped = (whole - kept).flatten(1).norm(dim=1)
+            bound = 2 * eps * 100.0 * other.norm(dim=-1).max()
+            assert skipped.max() <= bound
+            if eps == 1e-2:
+                assert skipped.max() > 1e-3 * bound  # something was skipped
+
+
+@pytest.mark.skipif(INTERPRETED, reason="many pairs are slow in the interpreter")
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize("noise", [2.5, 4.0, 30.0])  # trained well, half-trained, random
+def test_the_recommended_filter_costs_less_than_bf16_rounding(backend, device, noise):
+    tokens = trained_tokens(128, noise)
+    full = torch.cat([g.flatten() for g in gradients_with_filter(tokens, None, backend, device)])
+    kept = torch.cat([g.flatten() for g in gradients_with_filter(tokens, 1e-5, backend, device)])
+    assert (full - kept).norm() < (full - full.bfloat16().float()).norm()
+
+
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_same_bits_every_run_and_with_recompute(backend, device, direction):
@@ -499,7 +544,9 @@ def test_the_torch_backend_never_holds_the_four_way_tensor():
     four_way = 4 * 48 * 48 * 60 * 50
     with Watch() as watch:
         t2i, i2t, t2i_winners, i2t_winners = maxsim_torch.forward(images, texts, "both", True)
-        maxsim_torch.backward(images, texts, (t2i_winners, t2i), (i2t_winners, i2t), True, True)
+        maxsim_torch.backward(
+            images, texts, (t2i_winners, t2i), (i2t_winners, i2t), True, True, False
+        )
     assert watch.largest <= 1.2 * 4 * (1 << 20) < four_way / 2
 
 
@@ -597,9 +644,13 @@ def test_compiles_to_one_graph_that_new_sizes_do_not_recompile(backend, device):
 def test_kernels_do_not_specialise_on_sizes():
     """A size that Triton specialises on (1, multiples of 16) compiles again for a new caption."""
     pytest.importorskip("triton")
-    from fastgoal_kernels.ops import maxsim_triton, score_loss_triton
+    from fastgoal_kernels.ops import (
+        maxsim_backward_triton,
+        maxsim_forward_triton,
+        score_loss_triton,
+    )
 
-    for module in (maxsim_triton, score_loss_triton):
+    for module in (maxsim_forward_triton, maxsim_backward_triton, score_loss_triton):
         for case in module.compile_cases(90):
             for parameter in getattr(case.kernel, "params", ()):
                 sized = case.signature[parameter.name] in ("i32", "i64")

@@ -1,0 +1,563 @@
+"""The MaxSim forward in Triton: a matrix product whose epilogue is a maximum.
+
+Both sides' tokens stand in slots (see `slots`), so that tiles are full whatever the lengths are. A
+program owns a few items of one side, the rows of its tiles, and a few of the other, the columns. It
+multiplies tile after tile as any matrix product does and reduces the float32 result while it is
+still in registers. What leaves the chip is one score a pair and, for the backward, the index of
+each winner in one to four bytes.
+
+Along a tile's columns the maximum is cheap, because a thread holds many columns of a row: granules
+of 16 columns first, without a word to other threads, then the few granules of each item. Along its
+rows it is dear: the threads of a warp hold a granule of 16 rows between them. There the granules'
+maxima go to the program's own scratch, which never leaves L2, and are reduced when all rows of the
+tile column are done.
+
+    rows only      queries are rows, keys are columns
+    both           images are rows, texts are columns
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import INTERPRETED
+from .compile_cases import CompileCase
+from .slots import slots
+from .tiles_triton import Config, architecture, dot, float32_precision, matrix_case, nan_max
+from .token_rows import TokenRows, new_outputs
+
+# ---------------------------------------------------------------------------------------------
+# Kernels
+# ---------------------------------------------------------------------------------------------
+
+# Slots that are reduced together, along either side of a tile: what a warp's matrix instruction
+# holds of it.
+GRANULE = 16
+_GRANULE = tl.constexpr(GRANULE)
+
+# More than any offset within an item.
+_NEVER = tl.constexpr(0x7FFFFFFF)
+
+# Sizes change from batch to batch; specialising on them would recompile.
+_UNSPECIALIZED = [
+    "num_queries", "num_keys", "num_images", "num_texts", "query_rows", "image_rows", "text_rows",
+    "queries_per_group", "keys_per_chunk", "images_per_group", "texts_per_chunk",
+    "score_query_stride", "score_key_stride", "score_image_stride", "score_text_stride",
+    "scratch_rows",
+]  # fmt: skip
+
+
+@triton.jit
+def _product_tile(
+    a_rows, a_row, b_rows, b_row,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) float32 dot products of the rows a_row with the rows b_row."""
+    d = tl.arange(0, BLOCK_D)
+    a_ptrs = a_rows + a_row.to(tl.int64)[:, None] * D + d[None, :]
+    b_ptrs = b_rows + b_row.to(tl.int64)[None, :] * D + d[:, None]
+    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for d_start in range(0, D, BLOCK_D):
+        if D % BLOCK_D == 0:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        else:
+            inside = d_start + d < D
+            a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
+        tile = dot(a, b, tile, PRECISION)
+        a_ptrs += BLOCK_D
+        b_ptrs += BLOCK_D
+    return tile
+
+
+@triton.jit
+def _first_of_two(a, b, a_place, b_place):
+    """The larger, NaN if one is, and its place; a's if they are equal."""
+    best = nan_max(a, b)
+    return best, tl.where(a == best, a_place, b_place)
+
+
+@triton.jit
+def _column_granules(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Maxima of a tile's rows over the columns of each granule that one thread holds.
+
+    A thread of a matrix instruction holds columns 2t, 2t + 1, 2t + 8 and 2t + 9 of the 16, t = 0 to
+    3: a tournament among these four needs no other thread. (BLOCK_M, granules, 4) maxima, and
+    where in the granule each was reached first.
+    """
+    fours = tl.reshape(tile, (BLOCK_M, BLOCK_N // _GRANULE, 2, 4, 2))
+    even, odd = tl.split(fours)
+    best, place = _first_of_two(even, odd, 0, 1)
+    low, high = tl.split(tl.permute(best, (0, 1, 3, 2)))
+    low_place, high_place = tl.split(tl.permute(place, (0, 1, 3, 2)))
+    best, place = _first_of_two(low, high, low_place, high_place + 8)
+    return best, place + 2 * tl.arange(0, 4)[None, None, :]
+
+
+@triton.jit
+def _best_of_columns(best, place, first, last, BLOCK_N: tl.constexpr):
+    """Maxima of rows over granules `first` to `last`, and the first column that reached each."""
+    granule = tl.arange(0, BLOCK_N // _GRANULE)
+    mine = (granule >= first) & (granule < last)
+    best = tl.where(mine[None, :, None], best, float("-inf"))
+    row_best = tl.reduce(tl.reduce(best, 1, nan_max), 1, nan_max)
+    column = granule[None, :, None] * _GRANULE + place
+    column = tl.where(mine[None, :, None] & (best == row_best[:, None, None]), column, _NEVER)
+    return row_best, tl.min(tl.min(column, axis=1), axis=1)
+
+
+@triton.jit
+def _keep_better(best, winner, new_best, new_winner):
+    """Fold a later maximum into the running one: earlier wins ties, a NaN wins for good."""
+    better = (new_best > best) | (new_best != new_best)
+    return tl.where(better, new_best, best), tl.where(better, new_winner, winner)
+
+
+@triton.jit
+def _token_index(
+    winner, begin, end, item, slot_rows, starts, lengths, HOLES: tl.constexpr
+):  # fmt: skip
+    """Which of the item's tokens stands at a slot `winner` behind the item's first."""
+    # Nothing is equal to a maximum that is NaN: then the winner is no slot, and any token will do.
+    winner = tl.minimum(winner, end - begin - 1)
+    if HOLES:
+        return tl.load(slot_rows + begin + winner) - tl.load(starts + item).to(tl.int32)
+    return tl.minimum(winner, tl.load(lengths + item) - 1)
+
+
+@triton.jit
+def _add_to_scores(scores, stride, share, item, first_item, last_item, item_slots, begin):
+    """scores[item] += the sum of the item's shares in this tile, for all items in the tile.
+
+    An item that began before this tile, at slot `begin`, has a sum from the tiles before.
+    """
+    for some in range(first_item, last_item + 1, 4):
+        one = some + tl.arange(0, 4)
+        total = tl.sum(tl.where(item[None, :] == one[:, None], share[None, :], 0.0), axis=1)
+        inside = one <= last_item
+        continued = inside & (tl.load(item_slots + one, mask=inside, other=begin) < begin)
+        at = scores + one.to(tl.int64) * stride
+        tl.store(at, tl.load(at, mask=continued, other=0.0) + total, mask=inside)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def maxsim_rows_kernel(
+    scores, winners,
+    queries, query_slot_rows, query_slot_items, query_slot_weights, query_item_slots,
+    keys, key_slot_rows, key_item_slots, key_starts, key_lengths,
+    num_queries, num_keys, query_rows, queries_per_group, keys_per_chunk,
+    score_query_stride, score_key_stride,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HOLES: tl.constexpr, SAVE_WINNERS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scores[query item, key item] = sum over q of weight_q * max over k of <query q, key k>."""
+    num_groups = tl.cdiv(num_queries, queries_per_group)
+    num_units = num_groups * tl.cdiv(num_keys, keys_per_chunk)
+    for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
+        # Programs that run at the same time read the same keys.
+        first_query = unit % num_groups * queries_per_group
+        first_key = unit // num_groups * keys_per_chunk
+        m_begin = tl.load(query_item_slots + first_query)
+        m_end = tl.load(query_item_slots + tl.minimum(first_query + queries_per_group, num_queries))
+        n_begin = tl.load(key_item_slots + first_key)
+        n_end = tl.load(key_item_slots + tl.minimum(first_key + keys_per_chunk, num_keys))
+        for m in range(m_begin, m_end, BLOCK_M):
+            slot = m + tl.arange(0, BLOCK_M)
+            inside = slot < m_end
+            slot = tl.minimum(slot, m_end - 1)
+            q_row = tl.load(query_slot_rows + slot)
+            q_item = tl.load(query_slot_items + slot)
+            q_weight = tl.where(inside, tl.load(query_slot_weights + slot), 0.0)
+            q_first = tl.load(query_slot_items + m)
+            q_last = tl.load(query_slot_items + tl.minimum(m + BLOCK_M, m_end) - 1)
+            tl.debug_barrier()  # scores that the tiles before began are in sight of all threads
+
+            key = first_key.to(tl.int64)
+            begin = n_begin  # of this key's slots
+            best = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+            winner = tl.zeros((BLOCK_M,), dtype=tl.int32)
+            for n in range(n_begin, n_end, BLOCK_N):
+                k_row = tl.load(key_slot_rows + tl.minimum(n + tl.arange(0, BLOCK_N), n_end - 1))
+                tile = _product_tile(
+                    queries, q_row, keys, k_row, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
+                )
+                granule_best, granule_place = _column_granules(tile, BLOCK_M, BLOCK_N)
+                tile_end = tl.minimum(n + BLOCK_N, n_end)
+                more = begin < tile_end
+                while more:
+                    end = tl.load(key_item_slots + key + 1)
+                    tile_best, column = _best_of_columns(
+                        granule_best, granule_place,
+                        (tl.maximum(begin, n) - n) // _GRANULE,
+                        (tl.minimum(end, tile_end) - n) // _GRANULE, BLOCK_N,
+                    )  # fmt: skip
+                    best, winner = _keep_better(best, winner, tile_best, n - begin + column)
+                    complete = end <= tile_end
+                    if complete & (end > begin):
+                        live = q_weight != 0.0
+                        if SAVE_WINNERS:
+                            token = _token_index(
+                                winner, begin, end, key,
+                                key_slot_rows, key_starts, key_lengths, HOLES,
+                            )  # fmt: skip
+                            tl.store(
+                                winners + key * query_rows + q_row,
+                                token.to(winners.dtype.element_ty), mask=live,
+                            )  # fmt: skip
+                        _add_to_scores(
+                            scores + key * score_key_stride, score_query_stride,
+                            tl.where(live, best, 0.0) * q_weight, q_item,
+                            q_first, q_last, query_item_slots, m,
+                        )  # fmt: skip
+                    best = tl.where(complete, float("-inf"), best)
+                    winner = tl.where(complete, 0, winner)
+                    begin = tl.where(complete, end, begin)
+                    key += complete.to(tl.int64)
+                    more = complete & (begin < tile_end)
+
+
+@triton.jit
+def _row_granules(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Maxima of a tile's columns over the rows of each granule, and the first row that reached it.
+
+    A thread holds rows r and r + 8 of the 16, the seven others of a quarter warp the rest.
+    (granules, BLOCK_N) maxima and rows within the granule.
+    """
+    pairs = tl.reshape(tile, (BLOCK_M // _GRANULE, 2, 8, BLOCK_N))
+    low, high = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+    pair_best, place = _first_of_two(low, high, 0, 8)
+    best = tl.reduce(pair_best, 1, nan_max)
+    place += tl.arange(0, 8)[None, :, None]
+    place = tl.where(pair_best == best[:, None, :], place, _GRANULE - 1)
+    return best, tl.min(place, axis=1)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def maxsim_both_kernel(
+    row_scores, column_scores, row_winners, column_winners,
+    scratch_best, scratch_winner, scratch_granule_best, scratch_granule_place,
+    images, image_slot_rows, image_slot_items, image_slot_weights, image_item_slots,
+    image_starts, image_lengths,
+    texts, text_slot_rows, text_slot_items, text_slot_weights, text_item_slots,
+    text_starts, text_lengths,
+    num_images, num_texts, image_rows, text_rows, images_per_group, texts_per_chunk,
+    score_image_stride, score_text_stride, scratch_rows,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IMAGE_HOLES: tl.constexpr, TEXT_HOLES: tl.constexpr,
+    SAVE_WINNERS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """image_to_text (of rows) and text_to_image (of columns) from one pass over the similarities.
+
+    A unit's tiles go down one column of tiles after the other. The running maxima of the rows,
+    whose text may go on in the next column, and the granule maxima of the tile column wait in the
+    program's scratch.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    row_best = scratch_best + pid * scratch_rows
+    row_winner = scratch_winner + pid * scratch_rows
+    granule_best = scratch_granule_best + pid * (scratch_rows // _GRANULE) * BLOCK_N
+    granule_place = scratch_granule_place + pid * (scratch_rows // _GRANULE) * BLOCK_N
+    column = tl.arange(0, BLOCK_N)
+    granule = tl.arange(0, BLOCK_M // _GRANULE)
+
+    num_groups = tl.cdiv(num_images, images_per_group)
+    num_units = num_groups * tl.cdiv(num_texts, texts_per_chunk)
+    for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
+        first_image = unit % num_groups * images_per_group
+        last_image = tl.minimum(first_image + images_per_group, num_images)
+        first_text = unit // num_groups * texts_per_chunk
+        m_begin = tl.load(image_item_slots + first_image)
+        m_end = tl.load(image_item_slots + last_image)
+        n_begin = tl.load(text_item_slots + first_text)
+        n_end = tl.load(text_item_slots + tl.minimum(first_text + texts_per_chunk, num_texts))
+
+        column_text = first_text.to(tl.int64)  # the text that is open where the tile column begins
+        column_begin = n_begin  # of its slots
+        # Without a region there is nothing to compare with.
+        for n in range(n_begin, tl.where(m_end > m_begin, n_end, n_begin), BLOCK_N):
+            tile_end = tl.minimum(n + BLOCK_N, n_end)
+            t_slot = tl.minimum(n + column, n_end - 1)
+            t_row = tl.load(text_slot_rows + t_slot)
+            text = column_text
+            begin = column_begin
+            for m in range(m_begin, m_end, BLOCK_M):
+                slot = m + tl.arange(0, BLOCK_M)
+                inside = slot < m_end
+                v_row = tl.load(image_slot_rows + tl.minimum(slot, m_end - 1))
+                tile = _product_tile(
+                    images, v_row, texts, t_row, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
+                )
+
+                some_best, some_place = _row_granules(tile, BLOCK_M, BLOCK_N)
+                at = ((m - m_begin) // _GRANULE + granule)[:, None] * BLOCK_N + column[None, :]
+                tl.store(granule_best + at, some_best)
+                tl.store(granule_place + at, some_place.to(tl.int8))
+
+                slot = tl.minimum(slot, m_end - 1)
+                v_row = tl.load(image_slot_rows + slot)
+                v_item = tl.load(image_slot_items + slot)
+                v_weight = tl.where(inside, tl.load(image_slot_weights + slot), 0.0)
+                v_first = tl.load(image_slot_items + m)
+                v_last = tl.load(image_slot_items + tl.minimum(m + BLOCK_M, m_end) - 1)
+                live = v_weight != 0.0
+                text = column_text
+                begin = column_begin
+                waiting = row_best + (m - m_begin) + tl.arange(0, BLOCK_M)
+                waiting_winner = row_winner + (m - m_begin) + tl.arange(0, BLOCK_M)
+                tl.debug_barrier()  # what the tile column before left is in sight of all threads
+                # Only a text that began before this tile column has left something.
+                left = m + tl.arange(0, BLOCK_M) < tl.where(begin < n, m_end, m)
+                best = tl.load(waiting, mask=left, other=float("-inf"))
+                winner = tl.load(waiting_winner, mask=left, other=0)
+                fours_best, fours_place = _column_granules(tile, BLOCK_M, BLOCK_N)
+                more = begin < tile_end
+                while more:
+                    end = tl.load(text_item_slots + text + 1)
+                    tile_best, place = _best_of_columns(
+                        fours_best, fours_place,
+                        (tl.maximum(begin, n) - n) // _GRANULE,
+                        (tl.minimum(end, tile_end) - n) // _GRANULE, BLOCK_N,
+                    )  # fmt: skip
+                    best, winner = _keep_better(best, winner, tile_best, n - begin + place)
+                    complete = end <= tile_end
+                    if complete & (end > begin):
+                        if SAVE_WINNERS:
+                            token = _token_index(
+                                winner, begin, end, text,
+                                text_slot_rows, text_starts, text_lengths, TEXT_HOLES,
+                            )  # fmt: skip
+                            tl.store(
+                                row_winners + text * image_rows + v_row,
+                                token.to(row_winners.dtype.element_ty), mask=live,
+                            )  # fmt: skip
+                        _add_to_scores(
+                            row_scores + text * score_text_stride, score_image_stride,
+                            tl.where(live, best, 0.0) * v_weight, v_item,
+                            v_first, v_last, image_item_slots, m,
+                        )  # fmt: skip
+                    best = tl.where(complete, float("-inf"), best)
+                    winner = tl.where(complete, 0, winner)
+                    begin = tl.where(complete, end, begin)
+                    text += complete.to(tl.int64)
+                    more = complete & (begin < tile_end)
+                tl.store(waiting, best, mask=inside)
+                tl.store(waiting_winner, winner, mask=inside)
+            column_text = text
+            column_begin = begin
+
+            tl.debug_barrier()  # all granules of the tile column are in sight
+            t_live_slot = n + column < n_end
+            t_item = tl.load(text_slot_items + t_slot)
+            t_weight = tl.where(t_live_slot, tl.load(text_slot_weights + t_slot), 0.0)
+            t_first = tl.load(text_slot_items + n)
+            t_last = tl.load(text_slot_items + tile_end - 1)
+            for image in range(first_image.to(tl.int64), last_image.to(tl.int64)):
+                begin_v = tl.load(image_item_slots + image)
+                end_v = tl.load(image_item_slots + image + 1)
+                best_v = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+                winner_v = tl.zeros((BLOCK_N,), dtype=tl.int32)
+                for first in range(begin_v // _GRANULE, end_v // _GRANULE, 16):
+                    some = first + tl.arange(0, 16)
+                    mine = (some < end_v // _GRANULE)[:, None]
+                    at = (some - m_begin // _GRANULE)[:, None] * BLOCK_N + column[None, :]
+                    values = tl.load(granule_best + at, mask=mine, other=float("-inf"))
+                    places = tl.load(granule_place + at, mask=mine, other=0).to(tl.int32)
+                    places += (some * _GRANULE - begin_v)[:, None]
+                    some_best = tl.reduce(values, 0, nan_max)
+                    reached = tl.where(values == some_best[None, :], places, _NEVER)
+                    best_v, winner_v = _keep_better(
+                        best_v, winner_v, some_best, tl.min(reached, axis=0)
+                    )
+                if end_v > begin_v:
+                    live_t = t_weight != 0.0
+                    if SAVE_WINNERS:
+                        token = _token_index(
+                            winner_v, begin_v, end_v, image,
+                            image_slot_rows, image_starts, image_lengths, IMAGE_HOLES,
+                        )  # fmt: skip
+                        tl.store(
+                            column_winners + image * text_rows + t_row,
+                            token.to(column_winners.dtype.element_ty), mask=live_t,
+                        )  # fmt: skip
+                    _add_to_scores(
+                        column_scores + image * score_image_stride, score_text_stride,
+                        tl.where(live_t, best_v, 0.0) * t_weight, t_item,
+                        t_first, t_last, text_item_slots, n,
+                    )  # fmt: skip
+            tl.debug_barrier()  # the next tile column overwrites the granules
+
+
+# ---------------------------------------------------------------------------------------------
+# Configurations
+# ---------------------------------------------------------------------------------------------
+
+# Under the interpreter small tiles are quick, and small inputs still make several tiles and
+# several granules in each.
+_TINY = Config(32, 32, 16, 4, 1)
+
+
+def _config(dtype: torch.dtype, precision: str, both: bool, arch: int) -> Config:
+    if INTERPRETED:
+        return _TINY
+    if dtype == torch.float32:
+        # IEEE products run on the ordinary cores, where loads in flight would cost the registers.
+        return Config(64, 64, 32, 8, 2 if precision == "tf32" else 1, maxnreg=255)
+    # Two maxima beside the accumulators leave no registers for a wider tile; nor does one on sm_80,
+    # where the matrix instruction takes its factors from registers too.
+    if both or arch < 90:
+        return Config(128, 128, 64, 8, 3)
+    return Config(128, 256, 64, 8, 3)
+
+
+# ---------------------------------------------------------------------------------------------
+# Launcher
+# ---------------------------------------------------------------------------------------------
+
+# Items that a unit's tiles are cut from. More of them fill the last tile of a unit better; both
+# kernels keep a few bytes of scratch for each slot of the rows.
+_MOST_ROWS, _MOST_COLUMNS = 2048, 4096
+
+
+def _items_per_unit(side: TokenRows, granule: int, block: int, most_slots: int, most: int) -> int:
+    """How many items at a time fill their tiles best."""
+    per_item = -(-max(side.longest, 1) // granule) * granule
+    most = max(1, min(most, most_slots // per_item, side.items))
+    if not side.full:  # the lengths are not known here, and the more the better
+        return most
+
+    def fill(items: int) -> float:
+        tiles = -(-items * per_item // block)
+        return items * per_item / (tiles * block)
+
+    return max(range(1, most + 1), key=lambda items: (round(fill(items), 2), items))
+
+
+def _programs(device: torch.device) -> int:
+    """Enough programs to fill the device at the occupancy that these tiles reach."""
+    if device.type != "cuda":
+        return 3
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forward(
+    images: TokenRows,
+    texts: TokenRows,
+    direction: str,
+    save_winners: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of `token_rows.new_outputs`, filled."""
+    outputs = new_outputs(images, texts, direction, save_winners)
+    if 0 in (images.items, texts.items, images.total, texts.total):
+        return outputs
+    t2i, i2t, t2i_winners, i2t_winners = outputs
+    device, dim, dtype = images.rows.device, images.rows.shape[1], images.rows.dtype
+    both = direction == "both"
+    config = _config(dtype, float32_precision(dtype), both, architecture(device))
+    shared = dict(
+        D=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
+        SAVE_WINNERS=save_winners, PRECISION=float32_precision(dtype), **config.launch,
+    )  # fmt: skip
+
+    rows, columns = (texts, images) if direction == "text_to_image" else (images, texts)
+    # The rows of one direction are reduced one by one, and need no granules.
+    row_granule = GRANULE if both else 1
+    programs = _programs(device)
+    # Units enough for every program to have several, so that all finish at about the same time.
+    most_pairs = max(1, rows.items * columns.items // (4 * programs))
+    columns_per_unit = _items_per_unit(columns, GRANULE, config.block_n, _MOST_COLUMNS, most_pairs)
+    rows_per_unit = _items_per_unit(
+        rows, row_granule, config.block_m, _MOST_ROWS, most_pairs // columns_per_unit
+    )
+    units = triton.cdiv(rows.items, rows_per_unit) * triton.cdiv(columns.items, columns_per_unit)
+    grid = (min(units, programs),)
+    row_slots, column_slots = slots(rows, row_granule), slots(columns, GRANULE)
+
+    if not both:
+        scores, winners, row_axis = (
+            (t2i, t2i_winners, 1) if direction == "text_to_image" else (i2t, i2t_winners, 0)
+        )
+        maxsim_rows_kernel[grid](
+            scores, winners,
+            rows.rows, *row_slots,
+            columns.rows, column_slots.row, column_slots.item_slots, columns.starts,
+            columns.lengths,
+            rows.items, columns.items, rows.total, rows_per_unit, columns_per_unit,
+            scores.stride(row_axis), scores.stride(1 - row_axis),
+            HOLES=columns.has_holes, **shared,
+        )  # fmt: skip
+        return outputs
+    longest_unit = min(rows_per_unit * (rows.longest + GRANULE - 1), len(row_slots.row))
+    scratch_rows = triton.cdiv(longest_unit, config.block_m) * config.block_m
+    scratch = grid[0], scratch_rows
+    granules = grid[0], scratch_rows // GRANULE, config.block_n
+    maxsim_both_kernel[grid](
+        i2t, t2i, i2t_winners, t2i_winners,
+        torch.empty(scratch, dtype=torch.float32, device=device),
+        torch.empty(scratch, dtype=torch.int32, device=device),
+        torch.empty(granules, dtype=torch.float32, device=device),
+        torch.empty(granules, dtype=torch.int8, device=device),
+        rows.rows, *row_slots, rows.starts, rows.lengths,
+        columns.rows, *column_slots, columns.starts, columns.lengths,
+        rows.items, columns.items, rows.total, columns.total, rows_per_unit, columns_per_unit,
+        i2t.stride(0), i2t.stride(1), scratch_rows,
+        IMAGE_HOLES=rows.has_holes, TEXT_HOLES=columns.has_holes, **shared,
+    )  # fmt: skip
+    return outputs
+
+
+# ---------------------------------------------------------------------------------------------
+# What gets compiled
+# ---------------------------------------------------------------------------------------------
+
+
+def _pointer_type(name: str) -> str | None:
+    """What a kernel's parameter points at; None = it is a size or a stride."""
+    if name in ("queries", "keys", "images", "texts"):
+        return "tokens"
+    if name == "scratch_granule_place":
+        return "*i8"
+    if name == "scratch_winner" or name.endswith(("slot_rows", "slot_items", "lengths")):
+        return "*i32"
+    if name.endswith("item_slots"):
+        return "*i32"
+    if name.endswith("starts"):
+        return "*i64"
+    if name.endswith("winners"):
+        return "*u8"
+    if name.endswith(("scores", "weights", "best")):
+        return "*fp32"
+    return None
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every configuration the launcher picks: at widths of CLIP's, and at one no tile divides."""
+    cases = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        wanted = [
+            (512, True, False, "ieee"),
+            (768, True, False, "ieee"),
+            (512, False, False, "ieee"),
+            (1000, True, True, "ieee"),
+        ]
+        if dtype == torch.float32:  # what torch.set_float32_matmul_precision("high") allows
+            wanted.append((512, True, False, "tf32"))
+        for dim, save, holes, precision in wanted:
+            for both in (False, True):
+                config = _config(dtype, precision, both, arch)
+                constexprs: dict[str, object] = dict(
+                    D=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                    BLOCK_D=config.block_d, SAVE_WINNERS=save, PRECISION=precision,
+                )  # fmt: skip
+                if both:
+                    constexprs.update(IMAGE_HOLES=holes, TEXT_HOLES=holes)
+                else:
+                    constexprs.update(HOLES=holes)
+                label = f"D={dim}" + " winners" * save + " masked" * holes
+                kernel = maxsim_both_kernel if both else maxsim_rows_kernel
+                cases.append(matrix_case(kernel, label, dtype, config, constexprs, _pointer_type))
+    return cases

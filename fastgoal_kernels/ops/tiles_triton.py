@@ -1,0 +1,102 @@
+"""Pieces of every matrix kernel: its product, its maximum, its tile, and what it may run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..backends import INTERPRETED
+from .compile_cases import CompileCase
+
+# Triton's interpreter is NumPy: it would multiply the bits of bfloat16 as integers.
+_WIDEN = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b in float32; PRECISION says how float32 factors are taken."""
+    if _WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def nan_max(a, b):
+    """The larger, or NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile: rows x columns x channels, and what works on it."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    # ptxas aims at an occupancy, and spills a few bytes to reach it. Naming a limit above what the
+    # kernel wants makes it stop.
+    maxnreg: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.maxnreg)
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability times ten; 0 under the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def float32_precision(dtype: torch.dtype) -> str:
+    """PRECISION of a product of this dtype, as torch.set_float32_matmul_precision allows."""
+    allowed = torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed and dtype == torch.float32 else "ieee"
+
+
+_TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def matrix_case(
+    kernel: Any,
+    label: str,
+    dtype: torch.dtype,
+    config: Config,
+    constexprs: dict[str, object],
+    pointer_type: Callable[[str], str | None],
+    has_product: bool = True,
+) -> CompileCase:
+    """The compile case of a matrix kernel on tokens of `dtype`.
+
+    `pointer_type` tells what a parameter points at: "tokens", another pointer type, or None for a
+    size or a stride.
+    """
+    signature = {}
+    for name in kernel.arg_names:
+        kind = pointer_type(name)
+        if name in constexprs:
+            kind = "constexpr"
+        signature[name] = f"*{_TYPE_NAMES[dtype]}" if kind == "tokens" else kind or "i32"
+    tf32 = dtype == torch.float32 and constexprs["PRECISION"] == "tf32"
+    shape = f"{config.block_m}x{config.block_n}x{config.block_d}"
+    return CompileCase(
+        name=kernel.__name__,
+        label=f"{'tf32' if tf32 else _TYPE_NAMES[dtype]} {label} {shape}",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
+        uses_matrix_unit=has_product and (tf32 or dtype != torch.float32),
+        aligned=frozenset(name for name, kind in signature.items() if kind.startswith("*")),
+    )
