@@ -34,6 +34,7 @@ from .modules import (
     TextConditionedSigmoidLoss,
     TokenSimilarityLoss,
 )
+from .warmup import warmup
 
 __version__ = "0.1.0.dev0"
 
@@ -68,4 +69,5 @@ __all__ = [
     "unpatch_hf_clip",
     "unpatch_open_clip",
     "use_backend",
+    "warmup",
 ]

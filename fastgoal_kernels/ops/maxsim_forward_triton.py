@@ -25,9 +25,10 @@ from torch import Tensor
 
 from ..backends import INTERPRETED
 from .compile_cases import CompileCase
-from .slots import slots
+from .slots import Slots, slots
 from .tiles_triton import Config, architecture, dot, float32_precision, matrix_case, nan_max
 from .token_rows import TokenRows, new_outputs
+from .tuning import choose_config, size_class
 
 # ---------------------------------------------------------------------------------------------
 # Kernels
@@ -401,17 +402,47 @@ def maxsim_both_kernel(
 _TINY = Config(32, 32, 16, 4, 1)
 
 
-def _config(dtype: torch.dtype, precision: str, both: bool, arch: int) -> Config:
+# Tiles by architecture and kernel, the default first; the others are for FASTGOAL_AUTOTUNE. The
+# maximum along both sides leaves no registers for a wide tile, and before sm_90 the matrix
+# instruction takes its factors from registers too. sm_86 and sm_89 have 99 KB of shared memory a
+# block, sm_80 163, sm_90 and sm_100 227.
+_TABLES = {
+    80: {
+        "rows": [Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3), Config(64, 256, 64, 8, 3)],
+        "both": [Config(128, 128, 64, 8, 3), Config(64, 128, 64, 8, 3)],
+    },
+    86: {
+        "rows": [Config(128, 128, 64, 8, 2), Config(64, 128, 64, 4, 2), Config(128, 128, 32, 8, 3)],
+        "both": [Config(128, 128, 64, 8, 2), Config(64, 128, 64, 8, 2)],
+    },
+    90: {
+        "rows": [
+            Config(128, 256, 64, 8, 3), Config(128, 256, 64, 8, 4), Config(64, 256, 64, 8, 3),
+            Config(128, 128, 64, 8, 2, maxnreg=128), Config(64, 128, 64, 4, 4),
+        ],
+        "both": [
+            Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(64, 128, 64, 4, 3),
+            Config(128, 64, 64, 4, 3),
+        ],
+    },
+    100: {
+        "rows": [Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 3, maxnreg=255)],
+        "both": [Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3)],
+    },
+}  # fmt: skip
+# 89 and 120 have what 86 has; an architecture nobody has seen is taken for the next below.
+_LIKE = {89: 86, 120: 86}
+
+
+def tiles(dtype: torch.dtype, precision: str, both: bool, arch: int) -> list[Config]:
+    """The tiles that suit, the default first."""
     if INTERPRETED:
-        return _TINY
+        return [_TINY]
     if dtype == torch.float32:
         # IEEE products run on the ordinary cores, where loads in flight would cost the registers.
-        return Config(64, 64, 32, 8, 2 if precision == "tf32" else 1, maxnreg=255)
-    # Two maxima beside the accumulators leave no registers for a wider tile; nor does one on sm_80,
-    # where the matrix instruction takes its factors from registers too.
-    if both or arch < 90:
-        return Config(128, 128, 64, 8, 3)
-    return Config(128, 256, 64, 8, 3)
+        return [Config(64, 64, 32, 8, 2 if precision == "tf32" else 1, maxnreg=255)]
+    known = _LIKE.get(arch) or max((a for a in _TABLES if a <= arch), default=80)
+    return _TABLES[known]["both" if both else "rows"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -454,33 +485,36 @@ def forward(
     outputs = new_outputs(images, texts, direction, save_winners)
     if 0 in (images.items, texts.items, images.total, texts.total):
         return outputs
-    t2i, i2t, t2i_winners, i2t_winners = outputs
-    device, dim, dtype = images.rows.device, images.rows.shape[1], images.rows.dtype
-    both = direction == "both"
-    config = _config(dtype, float32_precision(dtype), both, architecture(device))
-    shared = dict(
-        D=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
-        SAVE_WINNERS=save_winners, PRECISION=float32_precision(dtype), **config.launch,
-    )  # fmt: skip
-
+    both, dtype, device = direction == "both", images.rows.dtype, images.rows.device
+    precision = float32_precision(dtype)
     rows, columns = (texts, images) if direction == "text_to_image" else (images, texts)
     # The rows of one direction are reduced one by one, and need no granules.
     row_granule = GRANULE if both else 1
-    programs = _programs(device)
-    # Units enough for every program to have several, so that all finish at about the same time.
-    most_pairs = max(1, rows.items * columns.items // (4 * programs))
-    columns_per_unit = _items_per_unit(columns, GRANULE, config.block_n, _MOST_COLUMNS, most_pairs)
-    rows_per_unit = _items_per_unit(
-        rows, row_granule, config.block_m, _MOST_ROWS, most_pairs // columns_per_unit
-    )
-    units = triton.cdiv(rows.items, rows_per_unit) * triton.cdiv(columns.items, columns_per_unit)
-    grid = (min(units, programs),)
     row_slots, column_slots = slots(rows, row_granule), slots(columns, GRANULE)
 
-    if not both:
-        scores, winners, row_axis = (
-            (t2i, t2i_winners, 1) if direction == "text_to_image" else (i2t, i2t_winners, 0)
+    def launch(config: Config) -> None:
+        programs = _programs(device)
+        # Units enough for every program to have several, so that all finish at about one time.
+        most = max(1, rows.items * columns.items // (4 * programs))
+        columns_per_unit = _items_per_unit(columns, GRANULE, config.block_n, _MOST_COLUMNS, most)
+        rows_per_unit = _items_per_unit(
+            rows, row_granule, config.block_m, _MOST_ROWS, most // columns_per_unit
         )
+        units = triton.cdiv(rows.items, rows_per_unit)
+        units *= triton.cdiv(columns.items, columns_per_unit)
+        grid = (min(units, programs),)
+        constexprs = dict(
+            D=rows.rows.shape[1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_D=config.block_d, SAVE_WINNERS=save_winners, PRECISION=precision,
+        )  # fmt: skip
+        if both:
+            _launch_both(
+                grid, config, outputs, rows, row_slots, rows_per_unit,
+                columns, column_slots, columns_per_unit, constexprs,
+            )  # fmt: skip
+            return
+        scores, winners = outputs[0::2] if direction == "text_to_image" else outputs[1::2]
+        row_axis = 1 if direction == "text_to_image" else 0
         maxsim_rows_kernel[grid](
             scores, winners,
             rows.rows, *row_slots,
@@ -488,10 +522,33 @@ def forward(
             columns.lengths,
             rows.items, columns.items, rows.total, rows_per_unit, columns_per_unit,
             scores.stride(row_axis), scores.stride(1 - row_axis),
-            HOLES=columns.has_holes, **shared,
+            HOLES=columns.has_holes, **constexprs, **config.launch,
         )  # fmt: skip
-        return outputs
-    longest_unit = min(rows_per_unit * (rows.longest + GRANULE - 1), len(row_slots.row))
+
+    kind = (
+        dtype, precision, rows.rows.shape[1], save_winners, size_class(rows.longest),
+        size_class(columns.longest), size_class(rows.items), size_class(columns.items),
+    )  # fmt: skip
+    table = tiles(dtype, precision, both, architecture(device))
+    launch(choose_config("both" if both else "rows", kind, table, launch, device))
+    return outputs
+
+
+def _launch_both(
+    grid: tuple[int],
+    config: Config,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    images: TokenRows,
+    image_slots: Slots,
+    images_per_unit: int,
+    texts: TokenRows,
+    text_slots: Slots,
+    texts_per_unit: int,
+    constexprs: dict,
+) -> None:
+    t2i, i2t, t2i_winners, i2t_winners = outputs
+    device = images.rows.device
+    longest_unit = min(images_per_unit * (images.longest + GRANULE - 1), len(image_slots.row))
     scratch_rows = triton.cdiv(longest_unit, config.block_m) * config.block_m
     scratch = grid[0], scratch_rows
     granules = grid[0], scratch_rows // GRANULE, config.block_n
@@ -501,13 +558,12 @@ def forward(
         torch.empty(scratch, dtype=torch.int32, device=device),
         torch.empty(granules, dtype=torch.float32, device=device),
         torch.empty(granules, dtype=torch.int8, device=device),
-        rows.rows, *row_slots, rows.starts, rows.lengths,
-        columns.rows, *column_slots, columns.starts, columns.lengths,
-        rows.items, columns.items, rows.total, columns.total, rows_per_unit, columns_per_unit,
+        images.rows, *image_slots, images.starts, images.lengths,
+        texts.rows, *text_slots, texts.starts, texts.lengths,
+        images.items, texts.items, images.total, texts.total, images_per_unit, texts_per_unit,
         i2t.stride(0), i2t.stride(1), scratch_rows,
-        IMAGE_HOLES=rows.has_holes, TEXT_HOLES=columns.has_holes, **shared,
+        IMAGE_HOLES=images.has_holes, TEXT_HOLES=texts.has_holes, **constexprs, **config.launch,
     )  # fmt: skip
-    return outputs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -535,20 +591,23 @@ def _pointer_type(name: str) -> str | None:
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Every configuration the launcher picks: at widths of CLIP's, and at one no tile divides."""
+    """Every tile of the tables; the defaults at more widths, one of which no tile divides."""
     cases = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        wanted = [
+        default = [
             (512, True, False, "ieee"),
             (768, True, False, "ieee"),
             (512, False, False, "ieee"),
             (1000, True, True, "ieee"),
         ]
         if dtype == torch.float32:  # what torch.set_float32_matmul_precision("high") allows
-            wanted.append((512, True, False, "tf32"))
-        for dim, save, holes, precision in wanted:
-            for both in (False, True):
-                config = _config(dtype, precision, both, arch)
+            default.append((512, True, False, "tf32"))
+        for both in (False, True):
+            wanted = [(tiles(dtype, row[3], both, arch)[0], *row) for row in default]
+            if dtype == torch.bfloat16:
+                others = tiles(dtype, "ieee", both, arch)[1:]
+                wanted += [(config, 512, True, False, "ieee") for config in others]
+            for config, dim, save, holes, precision in wanted:
                 constexprs: dict[str, object] = dict(
                     D=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
                     BLOCK_D=config.block_d, SAVE_WINNERS=save, PRECISION=precision,

@@ -1,0 +1,101 @@
+"""Compile the Triton kernels of a training step before the first step needs them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .checks import check_choice
+from .functional.maxsim import DIRECTIONS, maxsim_contrastive_loss, maxsim_scores
+
+LAYOUTS = ("padded", "masked", "ragged")
+
+
+def warmup(
+    dim: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    directions: Iterable[str] = ("both",),
+    text_layouts: Iterable[str] = LAYOUTS,
+    objective: str = "softmax",
+    max_image_tokens: int = 256,
+    max_text_tokens: int = 256,
+    device: torch.device | str | None = None,
+) -> float:
+    """Run the MaxSim loss, its backward and the scores once on two tiny pairs of each kind.
+
+    Kernels are compiled for a dtype, a width and a layout, but not for a batch size or a caption's
+    length, so two pairs compile what a training step will run. Triton keeps the result on disk:
+    call this in one process before others start, or in each. On a device that Triton does not
+    serve there is nothing to compile, and the call only checks its arguments.
+
+    Args:
+        dim: channels of a token.
+        dtype: of the tokens as the loss sees them (under autocast, its dtype).
+        directions: any of "both", "text_to_image", "image_to_text".
+        text_layouts: any of "padded", "masked", "ragged"; images are taken as padded.
+        objective: "softmax" or "sigmoid".
+        max_image_tokens, max_text_tokens: the longest item. Up to 256 and up to 65,536 tokens
+            winners are kept in one and two bytes, by kernels of their own.
+        device: default: the current CUDA device, or the CPU where there is none.
+
+    Returns:
+        Seconds spent.
+
+    Raises:
+        ValueError: an unknown direction, layout or objective, a dim or a length below 1.
+    """
+    directions, text_layouts = tuple(directions), tuple(text_layouts)
+    for direction in directions:
+        check_choice("directions", direction, DIRECTIONS)
+    for layout in text_layouts:
+        check_choice("text_layouts", layout, LAYOUTS)
+    check_choice("objective", objective, ("softmax", "sigmoid"))
+    for name, value in (
+        ("dim", dim),
+        ("max_image_tokens", max_image_tokens),
+        ("max_text_tokens", max_text_tokens),
+    ):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+
+    start = time.perf_counter()
+    if device.type == "cuda":
+        for layout in text_layouts:
+            for direction in directions:
+                _one_step(
+                    dim, dtype, direction, layout, objective,
+                    max_image_tokens, max_text_tokens, device,
+                )  # fmt: skip
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _one_step(
+    dim: int, dtype: torch.dtype, direction: str, layout: str, objective: str,
+    max_image_tokens: int, max_text_tokens: int, device: torch.device,
+) -> None:  # fmt: skip
+    def tokens(longest: int) -> Tensor:
+        return torch.ones(2, longest, dim, dtype=dtype, device=device, requires_grad=True)
+
+    image, text = tokens(max_image_tokens), tokens(max_text_tokens)
+    text_options: dict = {}
+    if layout == "masked":
+        text_options["text_mask"] = torch.ones(text.shape[:2], dtype=torch.bool, device=device)
+    elif layout == "ragged":
+        text = text.detach().flatten(0, 1).requires_grad_()
+        text_options["text_offsets"] = torch.arange(3, device=device) * max_text_tokens
+        text_options["max_text_tokens"] = max_text_tokens
+    scale = torch.ones((), device=device, requires_grad=True)
+    loss = maxsim_contrastive_loss(
+        image, text, scale, scale, direction=direction, objective=objective, **text_options
+    )
+    loss.backward()
+    with torch.no_grad():
+        maxsim_scores(image, text, direction=direction, **text_options)  # type: ignore[call-overload]
