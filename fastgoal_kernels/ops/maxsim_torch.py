@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..reference import score_dtype
 from .products import RepeatedFactor
+from .slots import slots
 from .token_rows import TokenRows, new_outputs
 
 # Elements of one similarity tile. On a CPU it should stay in the caches next to the cores; on a
@@ -41,14 +42,19 @@ _SLAB_ROWS = 1 << 12
 
 
 class _Chunk(NamedTuple):
-    """Some items of one side as (n, longest, D) with a mask, whatever layout they came in."""
+    """Some items of one side as (n, longest, D), whatever layout they came in.
+
+    Valid tokens come first. Behind an item's last it is repeated: a maximum does not see that, and
+    the lowest index wins before it, so that no similarity has to be masked.
+    """
 
     tokens: Tensor  # (n * longest, D)
     items: Tensor | slice  # which they are
     rows: Tensor | slice  # the rows of their valid tokens, in order
-    weight: Tensor  # (n, longest): 0 = padding
+    weight: Tensor  # (n, longest): 0 = repeated
     live: Tensor | None  # weight != 0; None = all
     longest: int
+    place: Tensor | None  # (n, longest): where in its item a token stands; None = where it is here
 
     def __len__(self) -> int:
         return self.weight.shape[0]
@@ -65,10 +71,11 @@ def _chunks(side: TokenRows, max_rows: int) -> Iterator[_Chunk]:
             items = slice(first, min(first + step, side.items))
             rows = slice(items.start * side.longest, items.stop * side.longest)
             weight = side.row_weight[rows].view(-1, side.longest)
-            yield _Chunk(side.rows[rows], items, rows, weight, None, side.longest)
+            yield _Chunk(side.rows[rows], items, rows, weight, None, side.longest, None)
         return
-    lengths, order = side.lengths.sort(stable=True)
-    ends = lengths.tolist()
+    line = slots(side, granule=1)
+    counts, order = line.item_slots.diff().sort(stable=True)
+    ends = counts.tolist()
     first = ends.count(0)
     while first < side.items:
         last = first + 1
@@ -76,11 +83,12 @@ def _chunks(side: TokenRows, max_rows: int) -> Iterator[_Chunk]:
             last += 1
         items, longest = order[first:last], ends[last - 1]
         position = torch.arange(longest, device=order.device)
-        inside = position < lengths[first:last, None]
-        row = torch.where(inside, side.starts[items, None] + position, 0)
-        weight = torch.where(inside, side.row_weight[row], 0.0)
-        live = weight != 0
-        yield _Chunk(side.rows[row.flatten()], items, row[live], weight, live, longest)
+        count = counts[first:last, None]
+        row = line.row[line.item_slots[items, None] + torch.minimum(position, count - 1)]
+        live = position < count
+        weight = torch.where(live, side.row_weight[row], 0.0)
+        place = row - side.starts[items, None] if side.has_holes else None
+        yield _Chunk(side.rows[row.flatten()], items, row[live], weight, live, longest, place)
         first = last
 
 
@@ -101,22 +109,18 @@ def forward(
         factor = RepeatedFactor(v.tokens, text_rows)
         for t in _chunks(texts, text_rows):
             tile = factor.times(t.tokens).view(len(t), t.longest, len(v), v.longest)  # (j, q, i, r)
-            if v.live is not None:
-                tile.masked_fill_(~v.live, -torch.inf)
-            if t.live is not None:
-                tile.masked_fill_(~t.live[:, :, None, None], -torch.inf)
             if want_t2i:
                 best, winner = _first_maximum(tile, 3, save_winners)  # (j, q, i)
                 live = None if t.live is None else t.live[:, :, None]
                 score = _weighted_sum(best, t.weight[:, :, None], live, 1)
                 t2i[_outer(v.items, t.items)] = score.T
                 if winner is not None:
-                    _put_winners(t2i_winners, v.items, t, winner.permute(2, 0, 1))
+                    _put_winners(t2i_winners, v, t, winner.permute(2, 0, 1))
             if want_i2t:
                 best, winner = _first_maximum(tile, 1, save_winners)  # (j, i, r)
                 i2t[_outer(v.items, t.items)] = _weighted_sum(best, v.weight, v.live, 2).T
                 if winner is not None:
-                    _put_winners(i2t_winners, t.items, v, winner)
+                    _put_winners(i2t_winners, t, v, winner)
     return outputs
 
 
@@ -141,7 +145,7 @@ def _first_maximum(tile: Tensor, dim: int, with_index: bool) -> tuple[Tensor, Te
 
 
 def _weighted_sum(best: Tensor, weight: Tensor, live: Tensor | None, dim: int) -> Tensor:
-    """The scores. Padding has weight 0, and may hold a NaN that a product with 0 would not stop."""
+    """The scores. Repeated tokens have weight 0, which would not stop a NaN."""
     shares = best * weight
     return (shares if live is None else torch.where(live, shares, 0.0)).sum(dim)
 
@@ -153,15 +157,15 @@ def _outer(rows: Tensor | slice, columns: Tensor | slice) -> tuple[Tensor | slic
     return rows, columns
 
 
-def _put_winners(
-    winners: Tensor, keys: Tensor | slice, queries: _Chunk, chunk_winners: Tensor
-) -> None:
+def _put_winners(winners: Tensor, keys: _Chunk, queries: _Chunk, chunk_winners: Tensor) -> None:
     """Write (keys, n, longest) winners of a chunk of queries to their places in (keys, rows)."""
     if queries.live is None:
         chunk_winners = chunk_winners.flatten(1)
     else:
         chunk_winners = chunk_winners[:, queries.live]
-    winners[_outer(keys, queries.rows)] = chunk_winners.to(winners.dtype)
+    if keys.place is not None:
+        chunk_winners = keys.place.gather(1, chunk_winners.long())
+    winners[_outer(keys.items, queries.rows)] = chunk_winners.to(winners.dtype)
 
 
 def backward(
