@@ -253,6 +253,66 @@ def test_a_winner_far_down_the_item_is_found_and_kept_compact(backend, device, r
 
 
 @pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_items_lie_across_tiles(backend, device, direction):
+    """Many items of very different lengths, so that tiles and units begin and end within them."""
+    generator = torch.Generator().manual_seed(21)
+    sides = []
+    for name, lengths in (
+        ("image", [5, 40, 0, 1, 33, 64, 17, 16, 2, 31, 90, 3]),
+        ("text", [1, 0, 0, 70, 16, 15, 17, 32, 9, 48, 2, 100, 7, 7, 7]),
+    ):
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        tokens = dyadic(generator, int(offsets[-1]), 16)
+        sides.append(Side(name, tokens, offsets=offsets, longest=max(lengths)))
+    case = Case(*sides, dtype=torch.float32, strided=False)
+    case.upstream = [dyadic(generator, 12, 15) for _ in range(2)]
+    scores, grads = scores_and_gradients(case, backend, device, torch.float32, direction=direction)
+    want, want_grads = scores_and_gradients(
+        case, "reference", "cpu", torch.float64, direction=direction
+    )
+    for out, expected in zip((*scores, *grads), (*want, *want_grads), strict=True):
+        assert relative_error(out, expected) <= 1e-6
+
+
+@pytest.mark.skipif(INTERPRETED, reason="two thousand million similarities")
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_more_similarities_than_32_bits_count(backend, device):
+    generator = torch.Generator().manual_seed(22)
+    image, text = (torch.randn(n, 96, 4, generator=generator).to(device) for n in (512, 460))
+    assert 512 * 460 * 96 * 96 > 2**31
+    scores = maxsim_scores(image, text, direction="both", backend=backend)
+    some = torch.tensor([0, 300, 511], device=device), torch.tensor([0, 200, 459], device=device)
+    want = reference.maxsim_scores(
+        image[some[0]].double(), text[some[1]].double(), direction="both"
+    )
+    for out, expected in zip(scores, want, strict=True):
+        assert relative_error(out[some[0]][:, some[1]], expected) <= SCORE_ERROR[torch.float32]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="slow on a CPU")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_more_winners_than_32_bits_count(backend):
+    """Offsets of winners pass 2^31 bytes; the gradient of the last pair alone is asked for."""
+    generator = torch.Generator(device="cuda").manual_seed(23)
+    image, text = (
+        torch.randn(shape, generator=generator, device="cuda").requires_grad_()
+        for shape in ((16_500, 2, 16), (1_024, 130, 16))
+    )
+    assert 16_500 * 1_024 * 130 > 2**31
+    scores = maxsim_scores(image, text, backend=backend)
+    upstream = torch.zeros_like(scores)
+    upstream[-1, -1] = 1.0
+    grads = torch.autograd.grad(scores, (image, text), upstream)
+    last = [x.detach()[-1:].double().requires_grad_() for x in (image, text)]
+    want = reference.maxsim_scores(*last)
+    assert relative_error(scores[-1:, -1:], want) <= SCORE_ERROR[torch.float32]
+    for grad, expected in zip(grads, torch.autograd.grad(want.sum(), last), strict=True):
+        assert relative_error(grad[-1:], expected) <= 1e-5
+        assert not grad[:-1].any()
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 def test_nan_tokens_give_nan_scores_and_no_index_error(backend, device):
     case = make_case(3, 3, 4, 18, 19, 8)
     case.image.tokens[1, 5, 2] = torch.nan
@@ -348,7 +408,7 @@ def test_loss_and_every_gradient_equal_the_reference(backend, device, case, opti
     # Scores are exact to 1e-7 and logits are `scale` times that; a loss near 0 is a difference of
     # logits, so its error is theirs.
     slack = {torch.float64: 1e-12}.get(case.dtype, 2e-6) * options["scale"]
-    assert abs(float(loss) - float(want)) <= slack * max(1.0, abs(float(want)))
+    assert abs(loss.item() - want.item()) <= slack * max(1.0, abs(float(want)))
     for index, (out, expected) in enumerate(zip(grads, want_grads, strict=True)):
         if expected is None:
             continue
