@@ -8,9 +8,9 @@ each winner in one to four bytes.
 
 Along a tile's columns the maximum is cheap, because a thread holds many columns of a row: granules
 of 16 columns first, without a word to other threads, then the few granules of each item. Along its
-rows it is dear: the threads of a warp hold a granule of 16 rows between them. There the granules'
-maxima go to the program's own scratch, which never leaves L2, and are reduced when all rows of the
-tile column are done.
+rows it is dear: the threads of a warp hold a granule of 16 rows between them, and have to exchange
+them first. The granules' maxima go to the program's own scratch, which never leaves L2, and are
+reduced when all rows of the tile column are done.
 
     rows only      queries are rows, keys are columns
     both           images are rows, texts are columns
@@ -223,19 +223,34 @@ def maxsim_rows_kernel(
 
 
 @triton.jit
+def _halve_rows(best, place, GRANULES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One round among the ROWS rows left of each granule: neighbours, the upper one a half on."""
+    pairs = tl.reshape(best, (GRANULES, ROWS // 2, 2, BLOCK_N))
+    upper, lower = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+    pairs = tl.reshape(place, (GRANULES, ROWS // 2, 2, BLOCK_N))
+    upper_place, lower_place = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+    return _first_of_two(upper, lower, upper_place, lower_place + _GRANULE // ROWS)
+
+
+@triton.jit
 def _row_granules(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Maxima of a tile's columns over the rows of each granule, and the first row that reached it.
 
-    A thread holds rows r and r + 8 of the 16, the seven others of a quarter warp the rest.
+    The threads of a warp hold the 16 rows between them. A reduction would pass each column's
+    maximum, then its place, from thread to thread three times. Splitting neighbours apart makes
+    the compiler hand the tile over once, through shared memory, so that a thread holds all rows
+    of its columns; a tournament among them needs no other thread. Neighbours first: so one side's
+    rows all come before the other's, and the first of two equals is the lower.
     (granules, BLOCK_N) maxima and rows within the granule.
     """
-    pairs = tl.reshape(tile, (BLOCK_M // _GRANULE, 2, 8, BLOCK_N))
-    low, high = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
-    pair_best, place = _first_of_two(low, high, 0, 8)
-    best = tl.reduce(pair_best, 1, nan_max)
-    place += tl.arange(0, 8)[None, :, None]
-    place = tl.where(pair_best == best[:, None, :], place, _GRANULE - 1)
-    return best, tl.min(place, axis=1)
+    GRANULES: tl.constexpr = BLOCK_M // _GRANULE
+    pairs = tl.reshape(tile, (GRANULES, 8, 2, BLOCK_N))
+    upper, lower = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+    best, place = _first_of_two(upper, lower, 0, 1)
+    best, place = _halve_rows(best, place, GRANULES, 8, BLOCK_N)
+    best, place = _halve_rows(best, place, GRANULES, 4, BLOCK_N)
+    best, place = _halve_rows(best, place, GRANULES, 2, BLOCK_N)
+    return tl.reshape(best, (GRANULES, BLOCK_N)), tl.reshape(place, (GRANULES, BLOCK_N))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -421,8 +436,8 @@ _TABLES = {
             Config(128, 128, 64, 8, 2, maxnreg=128), Config(64, 128, 64, 4, 4),
         ],
         "both": [
-            Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(64, 128, 64, 4, 3),
-            Config(128, 64, 64, 4, 3),
+            Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4),
+            Config(128, 64, 64, 8, 3, maxnreg=128), Config(64, 128, 64, 4, 3),
         ],
     },
     100: {
