@@ -1,6 +1,6 @@
 """Compile every Triton kernel configuration ahead of time and report what it became; no GPU needed.
 
-    python -m benchmarks.compile_report [--arch 80 86 90 100] [--only TEXT] [--json PATH] [--no-cache]
+    python -m benchmarks.compile_report [--arch 80 90 …] [--only TEXT] [--json PATH] [--no-cache]
 
 Every module of fastgoal_kernels/ops that has `compile_cases(arch)` is compiled with the Triton that
 is installed. Exits with 1 when a configuration does not compile, spills, wants more shared memory

@@ -342,12 +342,8 @@ def plan(images: TokenRows, texts: TokenRows, direction: str, kernel: Kernel | N
     if kernel is None:
         kernel = BOTH if direction == "both" else ROWS
     rows, columns = (texts, images) if direction == "text_to_image" else (images, texts)
-    most = max(1, rows.items * columns.items // (4 * BLOCKS_STARTED))
-    column_items = launcher._items_per_unit(
-        columns, GRANULE, kernel.block_n, launcher._MOST_COLUMNS, most
-    )
-    row_items = launcher._items_per_unit(
-        rows, kernel.row_granule, kernel.block_m, launcher._MOST_ROWS, most // column_items
+    row_items, column_items = launcher.items_per_unit(
+        rows, columns, direction == "both", kernel.block_m, kernel.block_n, BLOCKS_STARTED
     )
 
     def side(of: TokenRows, granule: int, items: int, block: int) -> Side:

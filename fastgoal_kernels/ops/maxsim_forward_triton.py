@@ -18,6 +18,8 @@ reduced when all rows of the tile column are done.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -107,9 +109,12 @@ def _best_of_columns(best, place, first, last, BLOCK_N: tl.constexpr):
     mine = (granule >= first) & (granule < last)
     best = tl.where(mine[None, :, None], best, float("-inf"))
     row_best = tl.reduce(tl.reduce(best, 1, nan_max), 1, nan_max)
+    # Granules of other items reach the maximum only if it is -inf, and then this item's do as well:
+    # asking for them again would cost a third of the instructions here.
     column = granule[None, :, None] * _GRANULE + place
-    column = tl.where(mine[None, :, None] & (best == row_best[:, None, None]), column, _NEVER)
-    return row_best, tl.min(tl.min(column, axis=1), axis=1)
+    column = tl.where(best == row_best[:, None, None], column, _NEVER)
+    column = tl.min(tl.min(column, axis=1), axis=1)
+    return row_best, tl.maximum(column, first * _GRANULE)
 
 
 @triton.jit
@@ -433,6 +438,7 @@ _TABLES = {
     90: {
         "rows": [
             Config(128, 256, 64, 8, 3), Config(128, 256, 64, 8, 4), Config(64, 256, 64, 8, 3),
+            Config(64, 256, 64, 4, 2), Config(64, 256, 32, 4, 5),
             Config(128, 128, 64, 8, 2, maxnreg=128), Config(64, 128, 64, 4, 4),
         ],
         "both": [
@@ -464,23 +470,60 @@ def tiles(dtype: torch.dtype, precision: str, both: bool, arch: int) -> list[Con
 # Launcher
 # ---------------------------------------------------------------------------------------------
 
-# Items that a unit's tiles are cut from. More of them fill the last tile of a unit better; both
-# kernels keep a few bytes of scratch for each slot of the rows.
-_MOST_ROWS, _MOST_COLUMNS = 2048, 4096
+# Slots that a unit's tiles are cut from, along either side. More of them fill its last tile better;
+# where both sides are reduced, each slot of the rows costs every program 48 bytes of scratch.
+_MOST_SLOTS = 4096
+_MOST_SLOTS_WITH_SCRATCH = 2048
 
 
-def _items_per_unit(side: TokenRows, granule: int, block: int, most_slots: int, most: int) -> int:
-    """How many items at a time fill their tiles best."""
-    per_item = -(-max(side.longest, 1) // granule) * granule
-    most = max(1, min(most, most_slots // per_item, side.items))
-    if not side.full:  # the lengths are not known here, and the more the better
-        return most
+@lru_cache(maxsize=256)
+def _items_per_unit(
+    row_size: int, most_rows: int, block_m: int,
+    column_size: int, most_columns: int, block_n: int, most_pairs: int,
+) -> tuple[int, int]:  # fmt: skip
+    """How many items a unit takes of either side: at most most_pairs pairs that fill their tiles.
 
-    def fill(items: int) -> float:
-        tiles = -(-items * per_item // block)
-        return items * per_item / (tiles * block)
+    Sizes are slots an item. Of counts that fill their tiles about equally well the larger: fewer
+    units load their rows less often.
+    """
 
-    return max(range(1, most + 1), key=lambda items: (round(fill(items), 2), items))
+    def fill(size: int, block: int) -> float:
+        return size / (-(-size // block) * block)
+
+    def useful(counts: tuple[int, int]) -> tuple[float, int]:
+        rows, columns = counts
+        filled = fill(rows * row_size, block_m) * fill(columns * column_size, block_n)
+        return round(filled, 2), rows * columns
+
+    return max(
+        (
+            (rows, columns)
+            for rows in range(1, min(most_rows, most_pairs) + 1)
+            for columns in range(1, min(most_columns, most_pairs // rows) + 1)
+        ),
+        key=useful,
+    )
+
+
+def items_per_unit(
+    rows: TokenRows, columns: TokenRows, both: bool, block_m: int, block_n: int, programs: int
+) -> tuple[int, int]:
+    """How many items of the rows and of the columns a unit takes."""
+
+    def size(side: TokenRows, granule: int) -> int:
+        # The mean of packed items is known, of masked ones only the longest.
+        padded = side.total == side.items * side.longest
+        tokens = side.longest if padded else -(-side.total // side.items)
+        return -(-max(tokens, 1) // granule) * granule
+
+    row_size, column_size = size(rows, GRANULE if both else 1), size(columns, GRANULE)
+    most_rows = _MOST_SLOTS_WITH_SCRATCH if both else _MOST_SLOTS
+    return _items_per_unit(
+        row_size, max(1, min(rows.items, most_rows // row_size)), block_m,
+        column_size, max(1, min(columns.items, _MOST_SLOTS // column_size)), block_n,
+        # Units enough for every program to have several, so that all finish at about one time.
+        max(1, rows.items * columns.items // (4 * programs)),
+    )  # fmt: skip
 
 
 def _programs(device: torch.device) -> int:
@@ -509,11 +552,8 @@ def forward(
 
     def launch(config: Config) -> None:
         programs = _programs(device)
-        # Units enough for every program to have several, so that all finish at about one time.
-        most = max(1, rows.items * columns.items // (4 * programs))
-        columns_per_unit = _items_per_unit(columns, GRANULE, config.block_n, _MOST_COLUMNS, most)
-        rows_per_unit = _items_per_unit(
-            rows, row_granule, config.block_m, _MOST_ROWS, most // columns_per_unit
+        rows_per_unit, columns_per_unit = items_per_unit(
+            rows, columns, both, config.block_m, config.block_n, programs
         )
         units = triton.cdiv(rows.items, rows_per_unit)
         units *= triton.cdiv(columns.items, columns_per_unit)
