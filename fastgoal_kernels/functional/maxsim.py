@@ -214,7 +214,9 @@ def maxsim_scores(
         direction: "text_to_image", "image_to_text" or "both".
         reduction: "mean", or "sum" for the same without the division.
         normalize: divide each token by max(its length, 1e-12) first, differentiably.
-        recompute: keep no winners for the backward; it runs the forward again.
+        recompute: keep no winners for the backward. It finds them again, a few items at a time:
+            one more forward for each modality that wants a gradient, and never more than a few MB.
+            Of ragged tokens a CUDA device synchronises for it.
         backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:

@@ -19,6 +19,10 @@ from ..reference import score_dtype
 from .context import on_device_of
 from .token_rows import TokenRows, token_rows, winner_dtype
 
+# Winners that a backward which has to find them again holds at a time. What saving them all would
+# have cost is what such a backward is asked to avoid.
+_RECOMPUTED_BYTES = 4 << 20
+
 
 def _engine(backend: str) -> ModuleType:
     if backend == "triton":
@@ -127,22 +131,91 @@ def maxsim_backward(
     backend: str,
     skip_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dL/d image_tokens, dL/d text_tokens); the one that is not needed has no elements."""
+    """(dL/d image_tokens, dL/d text_tokens); the one that is not needed has no elements.
+
+    Winners without elements were not saved, and are found again.
+    """
     images, texts = _rows(
         image_tokens, text_tokens, image_mask, text_mask, image_offsets, text_offsets,
         max_image_tokens, max_text_tokens, mean,
     )  # fmt: skip
-    t2i = None if t2i_grad is None else (t2i_winners, t2i_grad.contiguous())
-    i2t = None if i2t_grad is None else (i2t_winners, i2t_grad.contiguous())
+    t2i_grad = None if t2i_grad is None else t2i_grad.contiguous()
+    i2t_grad = None if i2t_grad is None else i2t_grad.contiguous()
     with on_device_of(image_tokens):
-        image_grad, text_grad = _engine(backend).backward(
-            images, texts, t2i, i2t, need_image, need_text, skip_zeros
-        )
+        if t2i_winners.numel() or i2t_winners.numel():
+            image_grad, text_grad = _engine(backend).backward(
+                images, texts,
+                None if t2i_grad is None else (t2i_winners, t2i_grad),
+                None if i2t_grad is None else (i2t_winners, i2t_grad),
+                need_image, need_text, skip_zeros,
+            )  # fmt: skip
+        else:
+            image_grad, text_grad = _backward_without_winners(
+                images, texts, t2i_grad, i2t_grad, need_image, need_text, backend, skip_zeros
+            )
     none = image_tokens.new_empty(0)
     return (
         none if image_grad is None else image_grad.view(image_tokens.shape),
         none.clone() if text_grad is None else text_grad.view(text_tokens.shape),
     )
+
+
+def _backward_without_winners(
+    images: TokenRows,
+    texts: TokenRows,
+    t2i_grad: Tensor | None,
+    i2t_grad: Tensor | None,
+    need_image: bool,
+    need_text: bool,
+    backend: str,
+    skip_zeros: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Find the winners again, of a few items at a time, and forget them.
+
+    The images' gradients take the images by and by, the texts' the texts: a sum that is left half
+    done would have to wait in float32. So two more forwards if both are wanted, unless all winners
+    fit at once. Of ragged tokens a CUDA device synchronises.
+    """
+    engine = _engine(backend)
+    direction = "both"
+    if t2i_grad is None or i2t_grad is None:
+        direction = "image_to_text" if t2i_grad is None else "text_to_image"
+
+    def backward(images, texts, t2i_grad, i2t_grad, need_image, need_text):
+        _, _, t2i_winners, i2t_winners = engine.forward(images, texts, direction, True)
+        return engine.backward(
+            images, texts,
+            None if t2i_grad is None else (t2i_winners, t2i_grad.contiguous()),
+            None if i2t_grad is None else (i2t_winners, i2t_grad.contiguous()),
+            need_image, need_text, skip_zeros,
+        )  # fmt: skip
+
+    def winner_bytes(images: TokenRows, texts: TokenRows) -> int:
+        t2i = images.items * texts.total * winner_dtype(images.longest).itemsize
+        i2t = texts.items * images.total * winner_dtype(texts.longest).itemsize
+        return t2i * (t2i_grad is not None) + i2t * (i2t_grad is not None)
+
+    total = winner_bytes(images, texts)
+    if total <= _RECOMPUTED_BYTES:
+        return backward(images, texts, t2i_grad, i2t_grad, need_image, need_text)
+
+    def in_parts(own: TokenRows, axis: int) -> Tensor:
+        step = max(1, own.items * _RECOMPUTED_BYTES // total)
+        bounds, gradient = own.bounds(), torch.zeros_like(own.rows)
+        for first in range(0, own.items, step):
+            items = slice(first, min(first + step, own.items))
+            rows = slice(bounds[items.start], bounds[items.stop])
+            part = own.part(items, rows)
+            t2i = None if t2i_grad is None else t2i_grad.narrow(axis, first, part.items)
+            i2t = None if i2t_grad is None else i2t_grad.narrow(axis, first, part.items)
+            if axis == 0:
+                some, _ = backward(part, texts, t2i, i2t, True, False)
+            else:
+                _, some = backward(images, part, t2i, i2t, False, True)
+            gradient[rows] = some
+        return gradient
+
+    return in_parts(images, 0) if need_image else None, in_parts(texts, 1) if need_text else None
 
 
 @maxsim_backward.register_fake
@@ -159,16 +232,12 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.max_tokens = inputs[6:8]
-    ctx.direction, ctx.mean, ctx.save_winners, ctx.backend, ctx.skip_zeros = inputs[8:]
+    ctx.direction, ctx.mean, _, ctx.backend, ctx.skip_zeros = inputs[8:]
     ctx.save_for_backward(*inputs[:6], output[2], output[3])
 
 
 def _backward(ctx, t2i_grad, i2t_grad, _t2i_winners_grad, _i2t_winners_grad):
     *tensors, t2i_winners, i2t_winners = ctx.saved_tensors
-    if not ctx.save_winners:  # recompute: pay a second forward instead of keeping the winners
-        _, _, t2i_winners, i2t_winners = maxsim(
-            *tensors, *ctx.max_tokens, ctx.direction, ctx.mean, True, ctx.backend
-        )
     need_image, need_text = ctx.needs_input_grad[:2]
     image_grad, text_grad = maxsim_backward(
         None if ctx.direction == "image_to_text" else t2i_grad,

@@ -201,7 +201,7 @@ def _side_gradient(
     dtype = score_dtype(own.rows.dtype)
     gradient = torch.zeros(own.rows.shape, dtype=dtype, device=own.rows.device)
     if gradient.numel() and other.total:
-        dim, own_bounds, other_bounds = own.rows.shape[1], _bounds(own), _bounds(other)
+        dim, own_bounds, other_bounds = own.rows.shape[1], own.bounds(), other.bounds()
         on_cpu = gradient.device.type == "cpu"
         max_rows, width = (_SLAB_ROWS, _SLAB_CHANNELS) if on_cpu else (other.total, dim)
         for others in _item_ranges(other_bounds, max_rows):
@@ -226,13 +226,6 @@ def _side_gradient(
                             index, slab, first_of_bag, mode="sum", per_sample_weights=share
                         )[: len(columns)]
     return gradient.to(own.rows.dtype)
-
-
-def _bounds(side: TokenRows) -> list[int]:
-    """Each item's first row, and the end. Of masked or ragged input a CUDA device synchronises."""
-    if side.full:
-        return [item * side.longest for item in range(side.items + 1)]
-    return [*side.starts.tolist(), side.total]
 
 
 def _item_ranges(bounds: list[int], max_rows: int) -> Iterator[slice]:

@@ -35,6 +35,22 @@ class TokenRows(NamedTuple):
     def total(self) -> int:
         return self.rows.shape[0]
 
+    def bounds(self) -> list[int]:
+        """Each item's first row, and the end. Of ragged tokens a CUDA device synchronises."""
+        if self.total == self.items * self.longest:
+            return [item * self.longest for item in range(self.items + 1)]
+        return [*self.starts.tolist(), self.total]
+
+    def part(self, items: slice, rows: slice) -> TokenRows:
+        """Some items alone, and their rows."""
+        return self._replace(
+            rows=self.rows[rows],
+            starts=self.starts[items] - rows.start,
+            lengths=self.lengths[items],
+            row_item=self.row_item[rows] - items.start,
+            row_weight=self.row_weight[rows],
+        )
+
     def blocks(self, size: int) -> tuple[Tensor, Tensor]:
         """Every item cut into blocks of `size` rows: (item, first row within the item) of each.
 

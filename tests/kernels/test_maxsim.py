@@ -550,6 +550,27 @@ def test_same_bits_every_run_and_with_recompute(backend, device, direction):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layout", ["padded", "masked", "ragged"])
+def test_winners_are_found_again_a_few_items_at_a_time(
+    backend, device, direction, layout, monkeypatch
+):
+    """A budget of one item's winners; the sums are exact, so the order of items can not matter."""
+    from fastgoal_kernels.ops import maxsim as op
+
+    case = make_case(31, 4, 5, 9, 6, 8, layout, layout)
+    want, want_grads = scores_and_gradients(
+        case, "reference", "cpu", torch.float64, direction=direction
+    )
+    monkeypatch.setattr(op, "_RECOMPUTED_BYTES", 40)
+    scores, grads = scores_and_gradients(
+        case, backend, device, torch.float32, direction=direction, recompute=True
+    )
+    for out, expected in zip((*scores, *grads), (*want, *want_grads), strict=True):
+        assert relative_error(out, expected) <= 1e-6
+
+
 class Watch(TorchDispatchMode):
     """Every op that runs, with its arguments, and the largest tensor it makes."""
 
@@ -705,12 +726,18 @@ def test_kernels_do_not_specialise_on_sizes():
     """A size that Triton specialises on (1, multiples of 16) compiles again for a new caption."""
     pytest.importorskip("triton")
     from fastgoal_kernels.ops import (
-        maxsim_backward_triton,
+        inverted_index_triton,
         maxsim_forward_triton,
+        maxsim_gather_triton,
+        maxsim_product_triton,
+        maxsim_scatter_triton,
         score_loss_triton,
     )
 
-    for module in (maxsim_forward_triton, maxsim_backward_triton, score_loss_triton):
+    for module in (
+        inverted_index_triton, maxsim_forward_triton, maxsim_gather_triton, maxsim_product_triton,
+        maxsim_scatter_triton, score_loss_triton,
+    ):  # fmt: skip
         for case in module.compile_cases(90):
             for parameter in getattr(case.kernel, "params", ()):
                 sized = case.signature[parameter.name] in ("i32", "i64")
