@@ -174,6 +174,7 @@ def scatter_gradient(
         add_pieces_kernel[(items * bins, channels)](
             gradient, piece_sums, index.list_ends, own.starts, first, bins, blocks, cells, **sizes
         )
+        del index, pieces, piece_ends, piece, owners  # before the next are made
 
 
 # ---------------------------------------------------------------------------------------------
