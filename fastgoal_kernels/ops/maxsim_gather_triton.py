@@ -119,7 +119,7 @@ def gather_gradient(
     dim = own.rows.shape[1]
     config = _config(own.rows.dtype)
     block_items, block_firsts = own.blocks(config.block_m)
-    # Programs that run together share the other side's channels.
+    # The programs of all channels of a block run together, and read the same winners.
     grid = (triton.cdiv(dim, config.block_d), len(block_items))
     at_once = max(1, _PAIRS_AT_ONCE // other.items) if skip_zeros else own.items
     for first in range(0, own.items, at_once):
