@@ -380,21 +380,20 @@ def maxsim_both_kernel(
             for image in range(first_image.to(tl.int64), last_image.to(tl.int64)):
                 begin_v = tl.load(image_item_slots + image)
                 end_v = tl.load(image_item_slots + image + 1)
-                best_v = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-                winner_v = tl.zeros((BLOCK_N,), dtype=tl.int32)
-                for first in range(begin_v // _GRANULE, end_v // _GRANULE, 16):
-                    some = first + tl.arange(0, 16)
-                    mine = (some < end_v // _GRANULE)[:, None]
-                    at = (some - m_begin // _GRANULE)[:, None] * BLOCK_N + column[None, :]
-                    values = tl.load(granule_best + at, mask=mine, other=float("-inf"))
-                    places = tl.load(granule_place + at, mask=mine, other=0).to(tl.int32)
-                    places += (some * _GRANULE - begin_v)[:, None]
-                    some_best = tl.reduce(values, 0, nan_max)
-                    reached = tl.where(values == some_best[None, :], places, _NEVER)
-                    best_v, winner_v = _keep_better(
-                        best_v, winner_v, some_best, tl.min(reached, axis=0)
-                    )
                 if end_v > begin_v:
+                    # Along its granules a column's maximum needs no other thread. Which granule it
+                    # was is carried along, and its place there looked up once.
+                    first = (begin_v - m_begin) // _GRANULE
+                    last = (end_v - m_begin) // _GRANULE - 1
+                    best_v = tl.load(granule_best + first * BLOCK_N + column)
+                    which_v = tl.zeros((BLOCK_N,), dtype=tl.int32) + first
+                    for some in range(first + 1, last + 1, 16):
+                        for next_one in tl.static_range(16):
+                            one = tl.minimum(some + next_one, last)
+                            one_best = tl.load(granule_best + one * BLOCK_N + column)
+                            best_v, which_v = _first_of_two(best_v, one_best, which_v, one)
+                    place_v = tl.load(granule_place + which_v * BLOCK_N + column).to(tl.int32)
+                    winner_v = (which_v - first) * _GRANULE + place_v
                     live_t = t_weight != 0.0
                     if SAVE_WINNERS:
                         token = _token_index(
@@ -522,7 +521,7 @@ def items_per_unit(
         row_size, max(1, min(rows.items, most_rows // row_size)), block_m,
         column_size, max(1, min(columns.items, _MOST_SLOTS // column_size)), block_n,
         # Units enough for every program to have several, so that all finish at about one time.
-        max(1, rows.items * columns.items // (4 * programs)),
+        max(1, rows.items * columns.items // (8 * programs)),
     )  # fmt: skip
 
 
