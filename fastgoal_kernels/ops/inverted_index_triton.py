@@ -23,7 +23,7 @@ from .compile_cases import CompileCase
 from .token_rows import TokenRows
 
 # Other rows that are sorted at once.
-_BLOCK = 64 if INTERPRETED else 1024
+_BLOCK = 16 if INTERPRETED else 1024
 _BINS_AT_ONCE = 64 if INTERPRETED else 256
 
 # The key of an entry without a share, behind all others. A key is winner * block + place in it.
