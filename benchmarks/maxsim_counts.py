@@ -199,7 +199,7 @@ _NOTHING = Issue(0, 0)
 class Kernel:
     """A packed kernel: its tile, and what a warp issues in its epilogue.
 
-    Read block by block from the sm_90 disassembly at commit cb62333 (Triton 3.9, bf16, D 512,
+    Read block by block from the sm_90 disassembly of version 3 (Triton 3.9, bf16, D 512,
     winners kept).
     """
 
@@ -222,7 +222,7 @@ ROWS = Kernel(
 BOTH = Kernel(
     "both", 128, 128, GRANULE,
     tile=Issue(819, 620), segment=Issue(247, 36), complete=Issue(121, 128),
-    row_item=Issue(638, 640), tile_column=Issue(176, 100),
+    row_item=Issue(409, 180), tile_column=Issue(176, 100),
 )  # fmt: skip
 # The loads of a tile's first stages before its first product, in cycles: an assumption.
 PIPELINE_FILL = 700
