@@ -28,7 +28,7 @@ from torch import Tensor
 from ..backends import INTERPRETED
 from .compile_cases import CompileCase
 from .slots import Slots, slots
-from .tiles_triton import Config, architecture, dot, float32_precision, matrix_case, nan_max
+from .tiles_triton import Config, architecture, dot, float32_precision, nan_max, tile_case
 from .token_rows import TokenRows, new_outputs
 from .tuning import choose_config, size_class
 
@@ -669,5 +669,5 @@ def compile_cases(arch: int) -> list[CompileCase]:
                     constexprs.update(HOLES=holes)
                 label = f"D={dim}" + " winners" * save + " masked" * holes
                 kernel = maxsim_both_kernel if both else maxsim_rows_kernel
-                cases.append(matrix_case(kernel, label, dtype, config, constexprs, _pointer_type))
+                cases.append(tile_case(kernel, label, dtype, config, constexprs, _pointer_type))
     return cases

@@ -7,8 +7,6 @@ A program owns a block of rows of one item and walks the other items in order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from ..backends import INTERPRETED
 from .compile_cases import CompileCase
-from .tiles_triton import Config
+from .tiles_triton import Config, tile_case
 from .token_rows import TokenRows
 
 # Pairs of items whose gradients are looked through for zeros at once: 21 bytes each.
@@ -139,39 +137,6 @@ def gather_gradient(
 # What gets compiled
 # ---------------------------------------------------------------------------------------------
 
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-
-
-def sum_case(
-    kernel: Any,
-    label: str,
-    dtype: torch.dtype,
-    config: Config,
-    constexprs: dict[str, object],
-    pointer_types: dict[str, str],
-) -> CompileCase:
-    """The compile case of a kernel that sums token rows without the matrix unit.
-
-    `pointer_types` names the types that parameters point at, "tokens" for the tokens' own; other
-    parameters are sizes.
-    """
-    signature = {}
-    for name in kernel.arg_names:
-        kind = "constexpr" if name in constexprs else pointer_types.get(name, "i32")
-        signature[name] = _TYPES[dtype] if kind == "tokens" else kind
-    return CompileCase(
-        name=kernel.__name__,
-        label=f"{_TYPES[dtype][1:]} {label} {config.block_m}x{config.block_n}x{config.block_d}",
-        kernel=kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.maxnreg,
-        uses_matrix_unit=False,
-        aligned=frozenset(name for name, kind in signature.items() if kind.startswith("*")),
-    )
-
 
 def compile_cases(arch: int) -> list[CompileCase]:
     """Every configuration the launcher picks: at a width of CLIP's, and at one no tile divides."""
@@ -182,7 +147,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
         "live_items": "*i32", "live_counts": "*i32",
     }  # fmt: skip
     cases = []
-    for dtype in _TYPES:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         config = _config(dtype)
         for dim, listed, add in ((512, False, False), (512, True, True), (1000, False, True)):
             constexprs: dict[str, object] = dict(
@@ -190,8 +155,14 @@ def compile_cases(arch: int) -> list[CompileCase]:
             )
             label = f"D={dim}" + " listed" * listed + " add" * add
             cases.append(
-                sum_case(
-                    maxsim_gather_gradient_kernel, label, dtype, config, constexprs, pointer_types
+                tile_case(
+                    maxsim_gather_gradient_kernel,
+                    label,
+                    dtype,
+                    config,
+                    constexprs,
+                    pointer_types.get,
+                    has_product=False,
                 )
             )
     return cases

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..backends import INTERPRETED
 from .compile_cases import CompileCase
 from .slots import Slots, slots
-from .tiles_triton import Config, architecture, dot, float32_precision, matrix_case
+from .tiles_triton import Config, architecture, dot, float32_precision, tile_case
 from .token_rows import TokenRows
 
 GRANULE = 16
@@ -218,7 +218,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 GATHER=gather, SCATTER=scatter, PRECISION=precision,
             )  # fmt: skip
             cases.append(
-                matrix_case(
+                tile_case(
                     maxsim_product_gradient_kernel, label, dtype, shape, constexprs, _pointer_type
                 )
             )

@@ -19,8 +19,7 @@ from torch import Tensor
 from ..backends import INTERPRETED
 from .compile_cases import CompileCase
 from .inverted_index_triton import index_bytes, inverted_index
-from .maxsim_gather_triton import sum_case
-from .tiles_triton import Config
+from .tiles_triton import Config, tile_case
 from .token_rows import TokenRows
 
 # Bytes that the index and the pieces' sums may take together.
@@ -197,5 +196,15 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 constexprs: dict[str, object] = dict(D=dim, PIECE=_PIECE, BLOCK_D=config.block_d)
                 if kernel is sum_pieces_kernel:
                     constexprs["BLOCK"] = config.block_n
-                cases.append(sum_case(kernel, f"D={dim}", dtype, config, constexprs, pointer_types))
+                cases.append(
+                    tile_case(
+                        kernel,
+                        f"D={dim}",
+                        dtype,
+                        config,
+                        constexprs,
+                        pointer_types.get,
+                        has_product=False,
+                    )
+                )
     return cases

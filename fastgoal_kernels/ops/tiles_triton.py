@@ -66,7 +66,7 @@ def float32_precision(dtype: torch.dtype) -> str:
 _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def matrix_case(
+def tile_case(
     kernel: Any,
     label: str,
     dtype: torch.dtype,
@@ -75,10 +75,10 @@ def matrix_case(
     pointer_type: Callable[[str], str | None],
     has_product: bool = True,
 ) -> CompileCase:
-    """The compile case of a matrix kernel on tokens of `dtype`.
+    """The compile case of a kernel on tokens of `dtype`.
 
     `pointer_type` tells what a parameter points at: "tokens", another pointer type, or None for a
-    size or a stride.
+    size or a stride. Without a product it needs no matrix unit.
     """
     signature = {}
     for name in kernel.arg_names:
@@ -86,7 +86,7 @@ def matrix_case(
         if name in constexprs:
             kind = "constexpr"
         signature[name] = f"*{_TYPE_NAMES[dtype]}" if kind == "tokens" else kind or "i32"
-    tf32 = dtype == torch.float32 and constexprs["PRECISION"] == "tf32"
+    tf32 = dtype == torch.float32 and constexprs.get("PRECISION") == "tf32"
     shape = f"{config.block_m}x{config.block_n}x{config.block_d}"
     return CompileCase(
         name=kernel.__name__,
