@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,13 +23,14 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        # Each with a way to ask whether it is gone, and its size.
+        self._live: dict[int, tuple[Callable[[], bool], int]] = {}
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Do not count these: they were there before."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            self._live[storage._cdata] = (StorageWeakRef(storage), 0)
+            self._live[storage._cdata] = (StorageWeakRef(storage).expired, 0)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -49,12 +51,17 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _note(self, result: Any) -> None:
-        for key in [key for key, (storage, _) in self._live.items() if storage.expired()]:
+        for key in [key for key, (gone, _) in self._live.items() if gone()]:
             del self._live[key]
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.is_mkldnn:
+                # In a layout of oneDNN's own, which shows no storage and has no views.
+                reference = weakref.ref(leaf)
+                size = leaf.numel() * leaf.element_size()
+                self._live[id(leaf)] = (lambda reference=reference: reference() is None, size)
+            elif isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                entry = (StorageWeakRef(storage), storage.nbytes())
+                entry = (StorageWeakRef(storage).expired, storage.nbytes())
                 self._live.setdefault(storage._cdata, entry)
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
 
