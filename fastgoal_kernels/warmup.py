@@ -38,8 +38,9 @@ def warmup(
         directions: any of "both", "text_to_image", "image_to_text".
         text_layouts: any of "padded", "masked", "ragged"; images are taken as padded.
         objective: "softmax" or "sigmoid".
-        max_image_tokens, max_text_tokens: the longest item. Up to 256 and up to 65,536 tokens
-            winners are kept in one and two bytes, by kernels of their own.
+        max_image_tokens, max_text_tokens: give the lengths you train with. The backward chooses
+            its kernels by them, and up to 256 and up to 65,536 tokens winners are kept in one and
+            two bytes, by kernels of their own. (What grad_filter_eps needs is not compiled here.)
         device: default: the current CUDA device, or the CPU where there is none.
 
     Returns:
