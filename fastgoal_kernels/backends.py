@@ -18,7 +18,15 @@ from torch import Tensor
 BACKENDS = ("triton", "torch", "reference")
 
 # Ops whose Triton kernels exist. Every op has `torch` and `reference`.
-TRITON_OPS = frozenset({"maxsim_scores", "maxsim_alignment", "maxsim_contrastive_loss"})
+TRITON_OPS = frozenset(
+    {
+        "maxsim_scores",
+        "maxsim_alignment",
+        "maxsim_contrastive_loss",
+        "clip_contrastive_loss",
+        "sigmoid_contrastive_loss",
+    }
+)
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

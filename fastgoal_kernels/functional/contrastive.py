@@ -17,8 +17,7 @@ from ..checks import (
     check_tensor,
     shape_of,
 )
-from ..ops import features_torch
-from ..ops.normalize import l2_normalize
+from ..ops import feature_loss
 from .precision import as_scalar, of_one_dtype, without_autocast
 
 
@@ -111,12 +110,15 @@ def clip_contrastive_loss(
                 image_features, text_features, scale, bias,
                 pair_mask=pair_mask, label_smoothing=label_smoothing, normalize=normalize,
             )  # fmt: skip
-    if normalize:
-        image_features, text_features = l2_normalize(image_features), l2_normalize(text_features)
-    loss, _, _ = features_torch.softmax_loss(
-        image_features, text_features, scale, bias, pair_mask, label_smoothing, True, 0
+    loss, _, _ = feature_loss.softmax_loss(
+        image_features, text_features, scale, pair_mask, label_smoothing, True, 0, normalize, chosen
     )
-    return loss
+    return _without_gradient(loss, bias)
+
+
+def _without_gradient(loss: Tensor, bias: Tensor | None) -> Tensor:
+    """A softmax does not see a shift of all its logits: the bias's gradient is 0, not missing."""
+    return loss if bias is None else loss + 0 * bias
 
 
 def row_cross_entropy(
@@ -137,15 +139,16 @@ def row_cross_entropy(
     rows, columns = of_one_dtype(rows, columns)
     scale = as_scalar(logit_scale, rows)
     bias = None if logit_bias is None else as_scalar(logit_bias, rows)
-    if choose_backend("clip_contrastive_loss", backend, rows, columns) == "reference":
+    chosen = choose_backend("clip_contrastive_loss", backend, rows, columns)
+    if chosen == "reference":
         with without_autocast(rows):
             logits = scale * reference.feature_scores(rows, columns, normalize=False)
             targets = torch.arange(first_target, first_target + len(rows), device=rows.device)
             return F.cross_entropy(logits if bias is None else logits + bias, targets)
-    loss, _, _ = features_torch.softmax_loss(
-        rows, columns, scale, bias, None, 0.0, False, first_target
+    loss, _, _ = feature_loss.softmax_loss(
+        rows, columns, scale, None, 0.0, False, first_target, False, chosen
     )
-    return loss
+    return _without_gradient(loss, bias)
 
 
 def sigmoid_contrastive_loss(
@@ -213,12 +216,10 @@ def sigmoid_contrastive_loss(
                 negative_only=negative_only, pair_mask=pair_mask, normalize=normalize,
                 average_over=average_over,
             )  # fmt: skip
-    if normalize:
-        image_features, text_features = l2_normalize(image_features), l2_normalize(text_features)
     inputs = (image_features, text_features, scale, bias)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-    total, *_ = features_torch.sigmoid_loss(
-        *inputs, pair_mask, 0 if negative_only else captions_per_image, *wanted
+    total, *_ = feature_loss.sigmoid_loss(
+        *inputs, pair_mask, 0 if negative_only else captions_per_image, normalize, chosen, *wanted
     )
     count = text_features.shape[0] if average_over == "texts" else image_features.shape[0]
     return total / max(count, 1)

@@ -28,7 +28,15 @@ from torch import Tensor
 from ..backends import INTERPRETED
 from .compile_cases import CompileCase
 from .slots import Slots, slots
-from .tiles_triton import Config, architecture, dot, float32_precision, nan_max, tile_case
+from .tiles_triton import (
+    Config,
+    architecture,
+    float32_precision,
+    nan_max,
+    of_architecture,
+    product_tile,
+    tile_case,
+)
 from .token_rows import TokenRows, new_outputs
 from .tuning import choose_config, size_class
 
@@ -51,31 +59,6 @@ _UNSPECIALIZED = [
     "score_query_stride", "score_key_stride", "score_image_stride", "score_text_stride",
     "scratch_rows",
 ]  # fmt: skip
-
-
-@triton.jit
-def _product_tile(
-    a_rows, a_row, b_rows, b_row,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) float32 dot products of the rows a_row with the rows b_row."""
-    d = tl.arange(0, BLOCK_D)
-    a_ptrs = a_rows + a_row.to(tl.int64)[:, None] * D + d[None, :]
-    b_ptrs = b_rows + b_row.to(tl.int64)[None, :] * D + d[:, None]
-    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for d_start in range(0, D, BLOCK_D):
-        if D % BLOCK_D == 0:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs)
-        else:
-            inside = d_start + d < D
-            a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
-        tile = dot(a, b, tile, PRECISION)
-        a_ptrs += BLOCK_D
-        b_ptrs += BLOCK_D
-    return tile
 
 
 @triton.jit
@@ -151,6 +134,53 @@ def _add_to_scores(scores, stride, share, item, first_item, last_item, item_slot
         tl.store(at, tl.load(at, mask=continued, other=0.0) + total, mask=inside)
 
 
+@triton.jit
+def _reduce_columns(
+    tile, best, winner, key, begin, n, tile_end,
+    row, row_item, weight, first_item, last_item, row_item_slots, m,
+    scores, score_row_stride, score_key_stride, winners, winner_stride,
+    key_item_slots, key_slot_rows, key_starts, key_lengths,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOLES: tl.constexpr, SAVE_WINNERS: tl.constexpr,
+):  # fmt: skip
+    """Maxima of a tile's rows over each item of its columns; scores of the items that end in it.
+
+    best and winner are those of item `key`, from slot `begin`, so far. Returns (best, winner, key,
+    begin) of the item that goes on in the next tile.
+    """
+    granule_best, granule_place = _column_granules(tile, BLOCK_M, BLOCK_N)
+    more = begin < tile_end
+    while more:
+        end = tl.load(key_item_slots + key + 1)
+        tile_best, column = _best_of_columns(
+            granule_best, granule_place,
+            (tl.maximum(begin, n) - n) // _GRANULE,
+            (tl.minimum(end, tile_end) - n) // _GRANULE, BLOCK_N,
+        )  # fmt: skip
+        best, winner = _keep_better(best, winner, tile_best, n - begin + column)
+        complete = end <= tile_end
+        if complete & (end > begin):
+            live = weight != 0.0
+            if SAVE_WINNERS:
+                token = _token_index(
+                    winner, begin, end, key, key_slot_rows, key_starts, key_lengths, HOLES
+                )
+                tl.store(
+                    winners + key * winner_stride + row,
+                    token.to(winners.dtype.element_ty), mask=live,
+                )  # fmt: skip
+            _add_to_scores(
+                scores + key * score_key_stride, score_row_stride,
+                tl.where(live, best, 0.0) * weight, row_item,
+                first_item, last_item, row_item_slots, m,
+            )  # fmt: skip
+        best = tl.where(complete, float("-inf"), best)
+        winner = tl.where(complete, 0, winner)
+        begin = tl.where(complete, end, begin)
+        key += complete.to(tl.int64)
+        more = complete & (begin < tile_end)
+    return best, winner, key, begin
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def maxsim_rows_kernel(
     scores, winners,
@@ -189,42 +219,16 @@ def maxsim_rows_kernel(
             winner = tl.zeros((BLOCK_M,), dtype=tl.int32)
             for n in range(n_begin, n_end, BLOCK_N):
                 k_row = tl.load(key_slot_rows + tl.minimum(n + tl.arange(0, BLOCK_N), n_end - 1))
-                tile = _product_tile(
+                tile = product_tile(
                     queries, q_row, keys, k_row, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
                 )
-                granule_best, granule_place = _column_granules(tile, BLOCK_M, BLOCK_N)
-                tile_end = tl.minimum(n + BLOCK_N, n_end)
-                more = begin < tile_end
-                while more:
-                    end = tl.load(key_item_slots + key + 1)
-                    tile_best, column = _best_of_columns(
-                        granule_best, granule_place,
-                        (tl.maximum(begin, n) - n) // _GRANULE,
-                        (tl.minimum(end, tile_end) - n) // _GRANULE, BLOCK_N,
-                    )  # fmt: skip
-                    best, winner = _keep_better(best, winner, tile_best, n - begin + column)
-                    complete = end <= tile_end
-                    if complete & (end > begin):
-                        live = q_weight != 0.0
-                        if SAVE_WINNERS:
-                            token = _token_index(
-                                winner, begin, end, key,
-                                key_slot_rows, key_starts, key_lengths, HOLES,
-                            )  # fmt: skip
-                            tl.store(
-                                winners + key * query_rows + q_row,
-                                token.to(winners.dtype.element_ty), mask=live,
-                            )  # fmt: skip
-                        _add_to_scores(
-                            scores + key * score_key_stride, score_query_stride,
-                            tl.where(live, best, 0.0) * q_weight, q_item,
-                            q_first, q_last, query_item_slots, m,
-                        )  # fmt: skip
-                    best = tl.where(complete, float("-inf"), best)
-                    winner = tl.where(complete, 0, winner)
-                    begin = tl.where(complete, end, begin)
-                    key += complete.to(tl.int64)
-                    more = complete & (begin < tile_end)
+                best, winner, key, begin = _reduce_columns(
+                    tile, best, winner, key, begin, n, tl.minimum(n + BLOCK_N, n_end),
+                    q_row, q_item, q_weight, q_first, q_last, query_item_slots, m,
+                    scores, score_query_stride, score_key_stride, winners, query_rows,
+                    key_item_slots, key_slot_rows, key_starts, key_lengths,
+                    BLOCK_M, BLOCK_N, HOLES, SAVE_WINNERS,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -310,7 +314,7 @@ def maxsim_both_kernel(
                 slot = m + tl.arange(0, BLOCK_M)
                 inside = slot < m_end
                 v_row = tl.load(image_slot_rows + tl.minimum(slot, m_end - 1))
-                tile = _product_tile(
+                tile = product_tile(
                     images, v_row, texts, t_row, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
                 )
 
@@ -325,7 +329,6 @@ def maxsim_both_kernel(
                 v_weight = tl.where(inside, tl.load(image_slot_weights + slot), 0.0)
                 v_first = tl.load(image_slot_items + m)
                 v_last = tl.load(image_slot_items + tl.minimum(m + BLOCK_M, m_end) - 1)
-                live = v_weight != 0.0
                 text = column_text
                 begin = column_begin
                 waiting = row_best + (m - m_begin) + tl.arange(0, BLOCK_M)
@@ -335,37 +338,13 @@ def maxsim_both_kernel(
                 left = m + tl.arange(0, BLOCK_M) < tl.where(begin < n, m_end, m)
                 best = tl.load(waiting, mask=left, other=float("-inf"))
                 winner = tl.load(waiting_winner, mask=left, other=0)
-                fours_best, fours_place = _column_granules(tile, BLOCK_M, BLOCK_N)
-                more = begin < tile_end
-                while more:
-                    end = tl.load(text_item_slots + text + 1)
-                    tile_best, place = _best_of_columns(
-                        fours_best, fours_place,
-                        (tl.maximum(begin, n) - n) // _GRANULE,
-                        (tl.minimum(end, tile_end) - n) // _GRANULE, BLOCK_N,
-                    )  # fmt: skip
-                    best, winner = _keep_better(best, winner, tile_best, n - begin + place)
-                    complete = end <= tile_end
-                    if complete & (end > begin):
-                        if SAVE_WINNERS:
-                            token = _token_index(
-                                winner, begin, end, text,
-                                text_slot_rows, text_starts, text_lengths, TEXT_HOLES,
-                            )  # fmt: skip
-                            tl.store(
-                                row_winners + text * image_rows + v_row,
-                                token.to(row_winners.dtype.element_ty), mask=live,
-                            )  # fmt: skip
-                        _add_to_scores(
-                            row_scores + text * score_text_stride, score_image_stride,
-                            tl.where(live, best, 0.0) * v_weight, v_item,
-                            v_first, v_last, image_item_slots, m,
-                        )  # fmt: skip
-                    best = tl.where(complete, float("-inf"), best)
-                    winner = tl.where(complete, 0, winner)
-                    begin = tl.where(complete, end, begin)
-                    text += complete.to(tl.int64)
-                    more = complete & (begin < tile_end)
+                best, winner, text, begin = _reduce_columns(
+                    tile, best, winner, text, begin, n, tile_end,
+                    v_row, v_item, v_weight, v_first, v_last, image_item_slots, m,
+                    row_scores, score_image_stride, score_text_stride, row_winners, image_rows,
+                    text_item_slots, text_slot_rows, text_starts, text_lengths,
+                    BLOCK_M, BLOCK_N, TEXT_HOLES, SAVE_WINNERS,
+                )  # fmt: skip
                 tl.store(waiting, best, mask=inside)
                 tl.store(waiting_winner, winner, mask=inside)
             column_text = text
@@ -450,8 +429,6 @@ _TABLES = {
         "both": [Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3)],
     },
 }  # fmt: skip
-# 89 and 120 have what 86 has; an architecture nobody has seen is taken for the next below.
-_LIKE = {89: 86, 120: 86}
 
 
 def tiles(dtype: torch.dtype, precision: str, both: bool, arch: int) -> list[Config]:
@@ -461,8 +438,7 @@ def tiles(dtype: torch.dtype, precision: str, both: bool, arch: int) -> list[Con
     if dtype == torch.float32:
         # IEEE products run on the ordinary cores, where loads in flight would cost the registers.
         return [Config(64, 64, 32, 8, 2 if precision == "tf32" else 1, maxnreg=255)]
-    known = _LIKE.get(arch) or max((a for a in _TABLES if a <= arch), default=80)
-    return _TABLES[known]["both" if both else "rows"]
+    return of_architecture(_TABLES, arch)["both" if both else "rows"]
 
 
 # ---------------------------------------------------------------------------------------------

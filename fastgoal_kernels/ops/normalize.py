@@ -21,17 +21,34 @@ def _slabs(x: Tensor) -> range:
     return range(0, x.shape[0], max(1, elements // max(x.shape[1], 1)))
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """(N, D) -> contiguous rows of unit length, in x's dtype."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    slabs = _slabs(x)
+    for first in slabs:
+        part = x[first : first + slabs.step].to(score_dtype(x.dtype))
+        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
+        out[first : first + slabs.step] = part / norm.clamp_min_(_EPS)
+    return out
+
+
+def gradient_through_length(grad: Tensor, x: Tensor) -> Tensor:
+    """dx = (g - y <y, g>) / |x| for rows x; below the floor of the norm, g / 1e-12; at zero, zero.
+
+    `grad` is float32 (float64 for float64 x), and so is the result.
+    """
+    part = x.to(score_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
+    floored = norm.clamp_min(_EPS)
+    unit = part / floored
+    along = torch.where(norm >= _EPS, (unit * grad).sum(dim=1, keepdim=True), 0.0)
+    return torch.where(norm > 0, (grad - unit * along) / floored, 0.0)
+
+
 @torch.library.custom_op("fastgoal::l2_normalize", mutates_args=())
 def l2_normalize(x: Tensor) -> Tensor:
     """Unit vectors along the last axis of x, in its dtype."""
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    slabs = _slabs(rows)
-    for first in slabs:
-        part = rows[first : first + slabs.step].to(score_dtype(x.dtype))
-        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
-        out[first : first + slabs.step] = part / norm.clamp_min_(_EPS)
-    return out.view(x.shape)
+    return unit_rows(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
 @l2_normalize.register_fake
@@ -41,19 +58,13 @@ def _(x):
 
 @torch.library.custom_op("fastgoal::l2_normalize_backward", mutates_args=())
 def l2_normalize_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """dx = (g - y <y, g>) / |x|; below the floor of the norm, g / 1e-12; at zero, zero."""
+    """dL/dx in x's dtype."""
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     slabs = _slabs(rows)
     for first in slabs:
-        part = rows[first : first + slabs.step].to(score_dtype(x.dtype))
-        g = grads[first : first + slabs.step].to(part.dtype)
-        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
-        floored = norm.clamp_min(_EPS)
-        unit = part / floored
-        along = torch.where(norm >= _EPS, (unit * g).sum(dim=1, keepdim=True), 0.0)
-        dx = torch.where(norm > 0, (g - unit * along) / floored, 0.0)
-        out[first : first + slabs.step] = dx
+        part = slice(first, first + slabs.step)
+        out[part] = gradient_through_length(grads[part].to(score_dtype(x.dtype)), rows[part])
     return out.view(x.shape)
 
 

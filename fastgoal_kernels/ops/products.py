@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,34 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
     dtype = score_dtype(b.dtype)
     return a.to(dtype) @ b.to(dtype)
+
+
+def sum_of_products(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, in place; the product alone for None. Sums as in `wide_product`."""
+    if total is None:
+        return wide_product(a, b)
+    if b.dtype == total.dtype == a.dtype:
+        return total.addmm_(a, b)
+    if _adds_to_float(total.device, b.dtype):
+        return torch.addmm(total, a.to(b.dtype), b, out_dtype=torch.float32, out=total)
+    return total.add_(wide_product(a, b))
+
+
+@lru_cache
+def _adds_to_float(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a half-precision product can be added to float32 sums as it leaves the chip.
+
+    Releases of PyTorch differ in what they let addmm(out_dtype=...) add to, so it is tried.
+    """
+    if device.type != "cuda" or not _HALF_PRODUCT_TO_FLOAT:
+        return False
+    factor = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 class RepeatedFactor:

@@ -14,27 +14,9 @@ from torch import Tensor
 
 from .compile_cases import CompileCase
 from .score_loss_torch import softmax_total
+from .sigmoid_triton import sigmoid_loss_terms
 
 _UNSPECIALIZED = ["num_rows", "num_columns", "row_stride", "column_stride", "captions_per_image"]
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x in [0, 1], to the last digits: 2 artanh(x / (2 + x)) as a series.
-
-    The device's fast logarithm is off by 1e-7 near 1, which is all of the loss of an easy pair.
-    """
-    s = x / (2.0 + x)
-    s2 = s * s
-    series = 1.0 / 15.0
-    series = series * s2 + 1.0 / 13.0
-    series = series * s2 + 1.0 / 11.0
-    series = series * s2 + 1.0 / 9.0
-    series = series * s2 + 1.0 / 7.0
-    series = series * s2 + 1.0 / 5.0
-    series = series * s2 + 1.0 / 3.0
-    series = series * s2 + 1.0
-    return 2.0 * s * series
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -83,7 +65,7 @@ def score_sigmoid_kernel(
     if HAS_MASK:
         inside = inside & ((tl.load(pair_mask + offset, mask=inside, other=0) != 0) | positive)
     yz = tl.where(positive, z, -z)
-    loss = tl.where(yz < 0, -yz, 0.0) + _log1p(tl.exp(-tl.abs(yz)))
+    loss, _ = sigmoid_loss_terms(yz)
     tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial_loss + tile, tl.sum(tl.where(inside, loss, 0.0)))
 
@@ -110,8 +92,7 @@ def score_gradient_kernel(
         takes_part = inside & ((tl.load(pair_mask + offset, mask=inside, other=0) != 0) | positive)
     if SIGMOID:
         yz = tl.where(positive, z, -z)
-        small = tl.exp(-tl.abs(yz))  # sigmoid(-yz) without overflow
-        miss = tl.where(yz > 0, small, 1.0) / (1.0 + small)
+        _, miss = sigmoid_loss_terms(yz)
         d_z = tl.where(positive, -miss, miss)
     else:
         target = tl.where(positive, 1.0, 0.0)

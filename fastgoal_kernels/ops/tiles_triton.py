@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -23,6 +23,31 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
     if _WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def product_tile(
+    a_rows, a_row, b_rows, b_row,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) float32 dot products of the rows a_row with the rows b_row."""
+    d = tl.arange(0, BLOCK_D)
+    a_ptrs = a_rows + a_row.to(tl.int64)[:, None] * D + d[None, :]
+    b_ptrs = b_rows + b_row.to(tl.int64)[None, :] * D + d[:, None]
+    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for d_start in range(0, D, BLOCK_D):
+        if D % BLOCK_D == 0:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        else:
+            inside = d_start + d < D
+            a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
+        tile = dot(a, b, tile, PRECISION)
+        a_ptrs += BLOCK_D
+        b_ptrs += BLOCK_D
+    return tile
 
 
 @triton.jit
@@ -55,6 +80,17 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+# 89 and 120 have what 86 has.
+_LIKE = {89: 86, 120: 86}
+
+Tiles = TypeVar("Tiles")
+
+
+def of_architecture(table: Mapping[int, Tiles], arch: int) -> Tiles:
+    """table[arch]; an architecture nobody has seen is taken for the next below."""
+    return table[_LIKE.get(arch) or max((known for known in table if known <= arch), default=80)]
 
 
 def float32_precision(dtype: torch.dtype) -> str:

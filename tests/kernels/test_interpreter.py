@@ -18,7 +18,12 @@ import pytest
 
 HERE = Path(__file__).parent
 # Test files whose kernels exist in Triton, and how many of their tests pass at least.
-FILES = {"test_maxsim.py": 40, "test_maxsim_backward.py": 50, "test_topk.py": 10}
+FILES = {
+    "test_maxsim.py": 40,
+    "test_maxsim_backward.py": 50,
+    "test_topk.py": 10,
+    "test_feature_kernels.py": 29,
+}
 
 
 def _why_not() -> str | None:

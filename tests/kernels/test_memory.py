@@ -34,7 +34,7 @@ def _h200_without_kernels(monkeypatch):
     from triton.runtime.jit import KernelInterface
 
     from benchmarks.compile_report import kernel_modules
-    from fastgoal_kernels.ops import maxsim_forward_triton
+    from fastgoal_kernels.ops import feature_loss_triton, maxsim_forward_triton
 
     for name in kernel_modules():
         module = importlib.import_module(name)
@@ -42,7 +42,8 @@ def _h200_without_kernels(monkeypatch):
             if isinstance(value, KernelInterface):
                 monkeypatch.setattr(module, attribute, Nothing())
     monkeypatch.setattr(maxsim_forward_triton, "_programs", lambda device: 2 * 132)
-    monkeypatch.setattr(maxsim_forward_triton, "architecture", lambda device: 90)
+    for module in (maxsim_forward_triton, feature_loss_triton):
+        monkeypatch.setattr(module, "architecture", lambda device: 90)
 
 
 def training_step(direction: str, recompute: bool) -> tuple[torch.Tensor, ...]:
@@ -91,3 +92,40 @@ def test_scores_without_gradients_hold_no_winners():
         lambda: maxsim(*tokens, "both", True, False, "triton")[:2], torch.device("cpu")
     )
     assert extra <= 32 * MB
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("op", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("batch", [2048, 5000])
+def test_a_loss_of_features_holds_16_bytes_an_element(op, dtype, normalize, batch, monkeypatch):
+    """Beyond inputs and gradients, forward and backward; nothing of batch squared."""
+    from fastgoal_kernels.ops import feature_loss, feature_loss_triton
+
+    # On a GPU half-precision products leave the chip in float32. Here they would be widened first.
+    monkeypatch.setattr(
+        feature_loss_triton, "wide_product", lambda a, b: torch.zeros(len(a), b.shape[1])
+    )
+    monkeypatch.setattr(
+        feature_loss_triton,
+        "sum_of_products",
+        lambda total, a, b: torch.zeros(len(a), b.shape[1]) if total is None else total,
+    )
+    dim = 512
+    image, text = (torch.ones(batch, dim, dtype=dtype) for _ in range(2))
+    scale, bias, upstream = torch.ones(()), torch.zeros(()), torch.ones(())
+
+    def step():
+        if op == "softmax":
+            options = (None, 0.0, True, 0, normalize, "triton")
+            _, *lses = feature_loss.softmax_loss(image, text, scale, *options)
+            return feature_loss.softmax_loss_backward(
+                upstream, image, text, scale, None, *lses, *options[1:], True, True, True
+            )[:2]
+        _, *gradients = feature_loss.sigmoid_loss(
+            image, text, scale, bias, None, 1, normalize, "triton", *[True] * 4
+        )
+        return feature_loss.sigmoid_loss_backward(upstream, *gradients, dtype)[:2]
+
+    extra = measure_memory(step, torch.device("cpu"))
+    assert 2 * batch * dim < extra <= 16 * batch * dim
