@@ -9,23 +9,27 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice
+from .functional.contrastive import clip_contrastive_loss, sigmoid_contrastive_loss
 from .functional.maxsim import DIRECTIONS, maxsim_contrastive_loss, maxsim_scores
 
+LOSSES = ("maxsim_contrastive_loss", "clip_contrastive_loss", "sigmoid_contrastive_loss")
 LAYOUTS = ("padded", "masked", "ragged")
 
 
 def warmup(
     dim: int,
     *,
+    losses: Iterable[str] = LOSSES[:1],
     dtype: torch.dtype = torch.bfloat16,
     directions: Iterable[str] = ("both",),
     text_layouts: Iterable[str] = LAYOUTS,
     objective: str = "softmax",
     max_image_tokens: int = 256,
     max_text_tokens: int = 256,
+    grad_filter_eps: float | None = None,
     device: torch.device | str | None = None,
 ) -> float:
-    """Run the MaxSim loss, its backward and the scores once on two tiny pairs of each kind.
+    """Run each loss and its backward, and the scores, once on two tiny pairs of each kind.
 
     Kernels are compiled for a dtype, a width and a layout, but not for a batch size or a caption's
     length, so two pairs compile what a training step will run. Triton keeps the result on disk:
@@ -33,23 +37,29 @@ def warmup(
     serve there is nothing to compile, and the call only checks its arguments.
 
     Args:
-        dim: channels of a token.
+        dim: channels of a token, or of a feature.
+        losses: any of "maxsim_contrastive_loss", "clip_contrastive_loss" and
+            "sigmoid_contrastive_loss", as their options have them by default. The options below
+            are MaxSim's.
         dtype: of the tokens as the loss sees them (under autocast, its dtype).
         directions: any of "both", "text_to_image", "image_to_text".
         text_layouts: any of "padded", "masked", "ragged"; images are taken as padded.
         objective: "softmax" or "sigmoid".
         max_image_tokens, max_text_tokens: give the lengths you train with. The backward chooses
             its kernels by them, and up to 256 and up to 65,536 tokens winners are kept in one and
-            two bytes, by kernels of their own. (What grad_filter_eps needs is not compiled here.)
+            two bytes, by kernels of their own.
+        grad_filter_eps: give it if you train with it: skipping pairs has kernels of its own.
         device: default: the current CUDA device, or the CPU where there is none.
 
     Returns:
         Seconds spent.
 
     Raises:
-        ValueError: an unknown direction, layout or objective, a dim or a length below 1.
+        ValueError: an unknown loss, direction, layout or objective, a dim or a length below 1.
     """
-    directions, text_layouts = tuple(directions), tuple(text_layouts)
+    losses, directions, text_layouts = tuple(losses), tuple(directions), tuple(text_layouts)
+    for loss in losses:
+        check_choice("losses", loss, LOSSES)
     for direction in directions:
         check_choice("directions", direction, DIRECTIONS)
     for layout in text_layouts:
@@ -68,19 +78,25 @@ def warmup(
 
     start = time.perf_counter()
     if device.type == "cuda":
-        for layout in text_layouts:
+        for layout in text_layouts if "maxsim_contrastive_loss" in losses else ():
             for direction in directions:
                 _one_step(
                     dim, dtype, direction, layout, objective,
-                    max_image_tokens, max_text_tokens, device,
+                    max_image_tokens, max_text_tokens, grad_filter_eps, device,
                 )  # fmt: skip
+        for loss in (clip_contrastive_loss, sigmoid_contrastive_loss):
+            if loss.__name__ in losses:
+                features = torch.ones(2, dim, dtype=dtype, device=device, requires_grad=True)
+                scale = torch.ones((), device=device, requires_grad=True)
+                loss(features, features, scale, scale).backward()
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
 def _one_step(
     dim: int, dtype: torch.dtype, direction: str, layout: str, objective: str,
-    max_image_tokens: int, max_text_tokens: int, device: torch.device,
+    max_image_tokens: int, max_text_tokens: int, grad_filter_eps: float | None,
+    device: torch.device,
 ) -> None:  # fmt: skip
     def tokens(longest: int) -> Tensor:
         return torch.ones(2, longest, dim, dtype=dtype, device=device, requires_grad=True)
@@ -95,8 +111,9 @@ def _one_step(
         text_options["max_text_tokens"] = max_text_tokens
     scale = torch.ones((), device=device, requires_grad=True)
     loss = maxsim_contrastive_loss(
-        image, text, scale, scale, direction=direction, objective=objective, **text_options
-    )
+        image, text, scale, scale, direction=direction, objective=objective,
+        grad_filter_eps=grad_filter_eps, **text_options,
+    )  # fmt: skip
     loss.backward()
     with torch.no_grad():
         maxsim_scores(image, text, direction=direction, **text_options)  # type: ignore[call-overload]

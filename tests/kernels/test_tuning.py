@@ -10,11 +10,16 @@ import json
 import pytest
 import torch
 
-from fastgoal_kernels import maxsim_contrastive_loss, warmup
+from fastgoal_kernels import (
+    clip_contrastive_loss,
+    maxsim_contrastive_loss,
+    sigmoid_contrastive_loss,
+    warmup,
+)
 
 pytest.importorskip("triton")
 
-from fastgoal_kernels.ops import maxsim_forward_triton, tuning
+from fastgoal_kernels.ops import feature_loss_triton, maxsim_forward_triton, tuning
 from fastgoal_kernels.ops.tiles_triton import Config
 
 TABLE = [Config(128, 256, 64, 8, 3), Config(64, 64, 64, 4, 3), Config(32, 32, 32, 4, 2)]
@@ -128,6 +133,8 @@ def test_warmup_without_a_gpu_does_nothing_but_check():
     assert warmup(64, device="cpu") < 1.0
     with pytest.raises(ValueError, match="directions"):
         warmup(64, directions=("sideways",))
+    with pytest.raises(ValueError, match="losses"):
+        warmup(64, losses=("maxsim",))
     with pytest.raises(ValueError, match="dim must be an int >= 1; got 0"):
         warmup(0)
 
@@ -150,5 +157,22 @@ def test_nothing_is_left_to_compile_after_warmup(layout):
         options = dict(text_offsets=torch.arange(6, device="cuda") * 77, max_text_tokens=77)
     scale = torch.tensor(9.0, device="cuda", requires_grad=True)
     maxsim_contrastive_loss(image, text, scale, scale, **options).backward()
+    after = [sum(len(c[0]) for c in kernel.device_caches.values()) for kernel in kernels]
+    assert after == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("loss", [clip_contrastive_loss, sigmoid_contrastive_loss])
+def test_nothing_of_a_feature_loss_is_left_to_compile_after_warmup(loss):
+    warmup(64, losses=(loss.__name__,))
+    kernels = [
+        value for name, value in vars(feature_loss_triton).items() if name.endswith("_kernel")
+    ]
+    before = [sum(len(c[0]) for c in kernel.device_caches.values()) for kernel in kernels]
+    image, text = (
+        torch.randn(77, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2)
+    )
+    scale = torch.tensor(9.0, device="cuda", requires_grad=True)
+    loss(image, text, scale, scale).backward()
     after = [sum(len(c[0]) for c in kernel.device_caches.values()) for kernel in kernels]
     assert after == before
