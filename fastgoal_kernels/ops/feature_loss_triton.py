@@ -374,10 +374,10 @@ def _sigmoid_of_piece(
     positive = (c[None, :] >= own[:, None]) & (c[None, :] < own[:, None] + captions_per_image)
     takes_part = _takes_part(pair_mask, r, c, positive, num_rows, num_columns, HAS_MASK)
     loss, miss = sigmoid_loss_terms(tl.where(positive, z, -z))
-    loss = tl.sum(tl.where(takes_part, loss, 0.0), axis=1)
     d_z = tl.where(takes_part, tl.where(positive, -miss, miss), 0.0)
     if STORE:
         _store_gradient(dlogits, d_z, r, c, first_row, num_rows, sixteens, magnification)
+    loss = tl.sum(tl.where(takes_part, loss, 0.0), axis=1)
     return loss, tl.sum(d_z * similarity, axis=1), tl.sum(d_z, axis=1)
 
 
@@ -455,8 +455,8 @@ _TABLES = {
     100: [_tile(128, 256, 64, 8, 3), _tile(128, 128, 64, 8, 3)],
 }
 # A mask, and label smoothing, are more for a thread to hold beside its part of the tile.
-_NARROW = {80: _tile(128, 128, 64, 8, 3), 86: _tile(128, 128, 64, 8, 2)}
-_NARROW_SUMS = {80: _tile(128, 64, 64, 8, 3), 86: _tile(128, 64, 64, 8, 2)}
+_NARROW = {stages: _tile(128, 128, 64, 8, stages) for stages in (2, 3)}
+_NARROW_SUMS = {stages: _tile(128, 64, 64, 8, stages) for stages in (2, 3)}
 
 
 def tiles(kernel: str, dtype: torch.dtype, precision: str, plain: bool, arch: int) -> list[Config]:
@@ -468,7 +468,8 @@ def tiles(kernel: str, dtype: torch.dtype, precision: str, plain: bool, arch: in
         return [_tile(64, 64, 32, 8, 2 if precision == "tf32" else 1)]
     if plain:
         return of_architecture(_TABLES, arch)
-    return [of_architecture(_NARROW_SUMS if kernel == "softmax_sums" else _NARROW, arch)]
+    stages = of_architecture(_TABLES, arch)[0].num_stages
+    return [(_NARROW_SUMS if kernel == "softmax_sums" else _NARROW)[stages]]
 
 
 # ---------------------------------------------------------------------------------------------
