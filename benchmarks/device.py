@@ -1,11 +1,15 @@
 """One command that measures this device: `python -m benchmarks.device`, under eight minutes.
 
-    python -m benchmarks.device [--quick] [--out PATH] [--budget SECONDS] [--cpu] [--only TEXT]
+    python -m benchmarks.device [--quick] [--out PATH] [--budget SECONDS] [--cpu]
+                                [--section maxsim | features] [--only TEXT]
 
-Device facts and measured ceilings, correctness spot checks, then MaxSim and its contrastive loss
-against plain PyTorch, torch.compile, the chunked torch backend and the fused peers. Parity is
-asserted before anything is timed; what fails or is missing becomes a row that says why. On a CPU
-the sizes are tiny (smaller still with --quick) and show that the sweep works, nothing else.
+Device facts and measured ceilings, correctness spot checks, then two sections: MaxSim and its
+contrastive loss, and the contrastive losses of plain features; against plain PyTorch,
+torch.compile, the chunked torch backend and other people's packages. Parity is asserted before
+anything is timed; what fails or is missing becomes a row that says why, and so does a contender
+whose next larger call would take more than a second, judging by the one before it. On a CPU
+the sizes are small; those of --quick are tiny, show that the sweep works, and measure little else.
+`fastgoal bench` is the same sweep with a table and a picture.
 
 The JSON it writes:
 
@@ -15,12 +19,14 @@ The JSON it writes:
     checks                     [{name, status (ok, wrong, unavailable, failed), error, reason}]
     rows                       one per workload and contender:
         op direction stage images texts text_tokens image_tokens dim dtype layout fill contender
+                               of MaxSim; of plain features: op stage batch dim dtype contender
         status                 ok | unavailable | wrong | out of memory | failed | skipped
         reason                 why, when it is not ok
-        parity                 largest relative error against float32: {scores | loss | gradients}
+        parity                 largest relative error against float32: {scores | loss | gradients |
+                               parameters}, the last of the gradients of scale and bias
         median_ms low_ms high_ms best_ms repeats       with the 20th and 80th percentile
         extra_bytes            peak beyond the inputs and what the call returns
-        tflop_s share_of_gemm  useful FLOP of the forward; null when a backward is included
+        tflop_s share_of_gemm  useful FLOP; of MaxSim null when a backward is included
 """
 
 from __future__ import annotations
@@ -32,13 +38,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
-from . import facts, parity
+from . import facts, feature_parity, feature_workloads, parity
+from .feature_peers import FEATURE_PEERS
+from .feature_workloads import FeatureInputs, FeatureWorkload
 from .measure import copies_past_l2, forward_backward, measure_memory, measure_time
 from .peers import Unavailable
 from .workloads import (
@@ -53,6 +62,10 @@ from .workloads import (
 )
 
 SCHEMA = 1
+SECTIONS = ("maxsim", "features")
+SLOWEST_CALL = 1.0  # seconds; a longer one is not worth what it takes of the eight minutes
+
+AnyWorkload = Workload | FeatureWorkload
 
 # ---------------------------------------------------------------------------------------------
 # Ceilings
@@ -83,37 +96,86 @@ def measure_ceilings(device: torch.device, quick: bool) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------
 
 
-def measure_row(
-    work: Workload, contender: str, device: torch.device, gemm_tflop_s: float, seconds: float
-) -> dict[str, Any]:
-    """One workload by one contender. Raises whatever the contender raises."""
+class Trial(NamedTuple):
+    """A contender that has computed a workload once, and what it takes to go on."""
+
+    errors: dict[str, float]
+    limits: dict[str, float]
+    steps: list[Callable[[], Any]]  # the same work on copies of the inputs
+    flop: float | None
+    min_repeats: int
+    seconds: float
+
+
+def try_maxsim(work: Workload, contender: str, device: torch.device, seconds: float) -> Trial:
+    """One contender at one workload of MaxSim."""
     inputs = make_inputs(work, device)
     call = build(contender, work, inputs)
     errors = parity.measure(work, call, inputs)
     own_rounding = contender.startswith(("eager", "torch.compile"))
-    limits = parity.ROUNDED if own_rounding else parity.EXACT
-    row: dict[str, Any] = {"parity": errors}
-    wrong = {name: error for name, error in errors.items() if not error <= limits[name]}
-    if wrong:
-        name, error = next(iter(wrong.items()))
-        reason = f"relative error of {name} {error:.2g} is above {limits[name]:g}"
-        return {**row, "status": "wrong", "reason": reason}
 
     def step(own: Inputs) -> Callable[[], Any]:
         if work.stage == "forward+backward":
             return lambda: forward_backward(lambda: call(own), own.leaves)
         return lambda: call(own)
 
-    copies = [inputs]
-    for _ in range(copies_past_l2(inputs.leaves, device) - 1):
-        copies.append(make_inputs(work, device))
-    steps = [step(own) for own in copies]
-    steps[0]()
-    row["extra_bytes"] = measure_memory(steps[0], device)
-    timing = measure_time(steps, device, seconds=seconds)
+    copies = copies_past_l2(inputs.leaves, device)
+    more = (make_inputs(work, device) for _ in range(copies - 1))
+    return Trial(
+        errors,
+        parity.ROUNDED if own_rounding else parity.EXACT,
+        [step(own) for own in (inputs, *more)],
+        None if work.stage == "forward+backward" else useful_flop(work, inputs.captions),
+        min_repeats=5,
+        seconds=seconds,
+    )
+
+
+def try_features(
+    work: FeatureWorkload, contender: str, device: torch.device, seconds: float
+) -> Trial:
+    """One contender at one workload of plain features: fewer repeats, there are many sizes."""
+    inputs = feature_workloads.make_inputs(work, device)
+    way = feature_workloads.build(contender, work, inputs)
+    errors = feature_parity.measure(work, way, inputs)
+
+    def step(own: FeatureInputs) -> Callable[[], Any]:
+        if work.stage == "forward+backward":
+            return lambda: forward_backward(lambda: way.loss(*own), way.leaves(own))
+        return lambda: way.loss(*own)
+
+    copies = copies_past_l2(inputs[:2], device)
+    more = (feature_workloads.make_inputs(work, device) for _ in range(copies - 1))
+    return Trial(
+        errors,
+        feature_parity.limits(contender, work, device),
+        [step(own) for own in (inputs, *more)],
+        feature_workloads.useful_flop(work),
+        min_repeats=3,
+        seconds=seconds / 2,
+    )
+
+
+def measure_row(
+    work: AnyWorkload, contender: str, device: torch.device, gemm_tflop_s: float, seconds: float
+) -> dict[str, Any]:
+    """One workload by one contender. Raises whatever the contender raises."""
+    if isinstance(work, FeatureWorkload):
+        trial = try_features(work, contender, device, seconds)
+    else:
+        trial = try_maxsim(work, contender, device, seconds)
+    row: dict[str, Any] = {"parity": trial.errors}
+    wrong = {key: error for key, error in trial.errors.items() if not error <= trial.limits[key]}
+    if wrong:
+        name, error = next(iter(wrong.items()))
+        reason = f"relative error of {name} {error:.2g} is above {trial.limits[name]:g}"
+        return {**row, "status": "wrong", "reason": reason}
+    trial.steps[0]()
+    row["extra_bytes"] = measure_memory(trial.steps[0], device)
+    timing = measure_time(trial.steps, device, seconds=trial.seconds, min_repeats=trial.min_repeats)
     row.update(asdict(timing))
-    if work.stage != "forward+backward":
-        row["tflop_s"] = useful_flop(work, inputs.captions) / timing.median_ms / 1e9
+    if trial.flop is not None:
+        row["tflop_s"] = trial.flop / timing.median_ms / 1e9
         row["share_of_gemm"] = row["tflop_s"] / gemm_tflop_s
     return {**row, "status": "ok"}
 
@@ -124,7 +186,9 @@ EMPTY_ROW = dict.fromkeys(
 )  # fmt: skip
 
 
-def try_row(work: Workload, contender: str, device: torch.device, **options: Any) -> dict[str, Any]:
+def try_row(
+    work: AnyWorkload, contender: str, device: torch.device, **options: Any
+) -> dict[str, Any]:
     """`measure_row`, with every failure turned into a row that says what happened."""
     row = {**work.as_json(), "contender": contender, **EMPTY_ROW}
     try:
@@ -149,7 +213,21 @@ def device_is_lost(device: torch.device) -> bool:
         return True
 
 
-def show(row: dict[str, Any], work: Workload, console: Console) -> None:
+def too_slow(work: AnyWorkload, contender: str, rows: list[dict[str, Any]]) -> str | None:
+    """Why the next larger size of plain features is left out, going by the one before it."""
+    if not isinstance(work, FeatureWorkload):
+        return None
+    for row in reversed(rows):
+        same = all(row[key] == value for key, value in work.as_json().items() if key != "batch")
+        if same and row["contender"] == contender and row["status"] == "ok":
+            seconds = row["median_ms"] / 1e3 * (work.batch / row["batch"]) ** 2
+            if seconds > SLOWEST_CALL:
+                return f"a call would take about {seconds:.1f} s, going by B {row['batch']:,}"
+            return None
+    return None
+
+
+def show(row: dict[str, Any], work: AnyWorkload, console: Console) -> None:
     """One line of progress."""
     if row["status"] == "ok":
         memory = f"{row['extra_bytes'] / 1e6:,.1f} MB"
@@ -189,71 +267,167 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--budget", type=float, default=450, help="seconds after which no row starts"
     )
     parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
+    parser.add_argument("--section", choices=SECTIONS, help="one of the two (default: both)")
     parser.add_argument("--only", default="", help="contenders whose name contains this")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; 1 when one of our own backends was wrong or failed."""
+def contenders() -> list[str]:
+    """Those of both sections in turn, so that a spent budget hits both; last what is compiled."""
+    in_turn = zip_longest(CONTENDERS, feature_workloads.CONTENDERS)
+    names = dict.fromkeys(name for pair in in_turn for name in pair if name is not None)
+    return sorted(names, key=is_compiled)
+
+
+def is_compiled(contender: str) -> bool:
+    """Whether it has to be compiled for each workload, which takes longer than all the rest."""
+    return contender.startswith("torch.compile")
+
+
+def races_in(contender: str, work: AnyWorkload) -> bool:
+    """Whether there is a row of this contender at this workload."""
+    if isinstance(work, FeatureWorkload):
+        if is_compiled(contender) and not feature_workloads.worth_compiling(work):
+            return False
+        known = contender in feature_workloads.CONTENDERS
+        return known and feature_workloads.takes_part(contender, work)
+    return contender in CONTENDERS and takes_part(contender, work)
+
+
+def planned(
+    cuda: bool, quick: bool, only: str = "", section: str | None = None
+) -> list[tuple[str, AnyWorkload]]:
+    """Contender and workload of every row, in the order in which they are measured.
+
+    On a GPU one contender after the other, ours first: one that breaks the device ends the sweep.
+    On a CPU rivals follow each other, so that a busy machine, and a spent budget, hit all alike,
+    and training steps come first; last what has to be compiled, which takes longest.
+    """
+    works: list[AnyWorkload] = []
+    if section != "features":
+        works += sweep(cuda, quick)
+    if section != "maxsim":
+        works += feature_workloads.sweep(cuda, quick)
+    names = [name for name in contenders() if only in name]
+    rows = [(name, work) for name in names for work in works if races_in(name, work)]
+    if not cuda:
+        trains = "forward+backward"
+        rows.sort(
+            key=lambda row: (is_compiled(row[0]), row[1].stage != trains, works.index(row[1]))
+        )
+    return rows
+
+
+def measure_sweep(
+    device: torch.device,
+    path: Path,
+    command: str,
+    *,
+    quick: bool,
+    budget: float,
+    only: str = "",
+    section: str | None = None,
+    say: Callable[[str], None],
+    on_row: Callable[[dict[str, Any], AnyWorkload], None],
+) -> dict[str, Any]:
+    """The whole sweep: the document, which is also written to `path` again and again on the way.
+
+    Ctrl-C ends it early; what was measured by then is returned and written, `finished` false.
+
+    Args:
+        command: what the document says of how it was made.
+        budget: seconds after which no row starts.
+        only: contenders whose name contains this.
+        section: one of `SECTIONS`; None: both.
+        say: is told what goes on, in words.
+        on_row: is told of every row, also of those that are skipped.
+    """
     start = time.monotonic()
-    arguments = parse(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    path = arguments.out or default_path(device)
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    flags = [name for name in ("quick", "cpu") if getattr(arguments, name)]
-    command = " ".join(["python -m benchmarks.device", *(f"--{name}" for name in flags)])
     document: dict[str, Any] = {
         "schema": SCHEMA, "kind": "device", **facts.provenance(command, device), "finished": False,
     }  # fmt: skip
-    console.print(f"{document['device']}\n{document['versions']}", markup=False)
-
-    document["ceilings"] = measure_ceilings(device, arguments.quick)
-    console.print(f"ceilings: {document['ceilings']}", markup=False)
-    document["checks"] = parity.run_checks(device)
+    document["versions"] |= {peer.package: peer.version() for peer in FEATURE_PEERS}
+    say(f"{document['device']}\n{document['versions']}")
+    document["ceilings"] = measure_ceilings(device, quick)
+    say(f"ceilings: {document['ceilings']}")
+    document["checks"] = [] if section == "features" else parity.run_checks(device)
+    document["checks"] += [] if section == "maxsim" else feature_parity.run_checks(device)
     for check in document["checks"]:
-        console.print(
-            f"check {check['name']}: {check['status']} {check['reason'] or check['error']}"
-        )
+        say(f"check {check['name']}: {check['status']} {check['reason'] or check['error']}")
 
     rows: list[dict[str, Any]] = []
     document["rows"] = rows
     stop: str | None = None
     options = {
         "gemm_tflop_s": document["ceilings"]["gemm_tflop_s"],
-        "seconds": 0.02 if arguments.quick else 0.5,
+        "seconds": 0.02 if quick else 0.5,
     }
-    works = sweep(device.type == "cuda", arguments.quick)
-    for contender in CONTENDERS:
-        if arguments.only not in contender:
-            continue
-        for work in works:
-            if not takes_part(contender, work):
-                continue
-            if stop is None and time.monotonic() - start > arguments.budget:
-                stop = f"the time budget of {arguments.budget:.0f} s was used up"
-                console.print(f"{stop}: the remaining rows are skipped", style="yellow")
+    try:
+        for contender, work in planned(device.type == "cuda", quick, only, section):
+            if rows and rows[-1]["contender"] != contender:
+                write({**document, "seconds": time.monotonic() - start}, path)
+            if stop is None and time.monotonic() - start > budget:
+                stop = f"the time budget of {budget:.0f} s was used up"
+                say(f"{stop}: the remaining rows are skipped")
             row = {**work.as_json(), "contender": contender, **EMPTY_ROW}
             if stop is not None:
                 row.update(status="skipped", reason=stop)
-            elif arguments.quick and contender == "torch.compile":
+            elif quick and is_compiled(contender):
                 reason = "left out of --quick: compiling takes longer than all the rest"
+                row.update(status="skipped", reason=reason)
+            elif reason := too_slow(work, contender, rows):
                 row.update(status="skipped", reason=reason)
             else:
                 row = try_row(work, contender, device, **options)
-                show(row, work, console)
                 if row["status"] == "failed" and device_is_lost(device):
                     stop = f"the device stopped answering after {contender}, {work.describe()}"
-                    console.print(stop, style="red")
+                    say(stop)
             rows.append(row)
-        document["seconds"] = time.monotonic() - start
-        write(document, path)
-    document["finished"] = True
+            on_row(row, work)
+        document["finished"] = True
+    except KeyboardInterrupt:
+        say(f"interrupted after {len(rows)} rows")
+    document["seconds"] = time.monotonic() - start
     write(document, path)
-    console.print(
-        f"{len(rows)} rows in {document['seconds']:.0f} s, written to {path}", markup=False
+    return document
+
+
+def wrong_or_failed(document: dict[str, Any]) -> bool:
+    """Whether one of our own backends was."""
+    own = [row for row in document["rows"] if row["contender"].startswith("fastgoal")]
+    return any(entry["status"] in ("wrong", "failed") for entry in own + document["checks"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; 1 when one of our own backends was wrong or failed, 130 after Ctrl-C."""
+    arguments = parse(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    path = arguments.out or default_path(device)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    flags = [f"--{name}" for name in ("quick", "cpu") if getattr(arguments, name)]
+    if arguments.section:
+        flags.append(f"--section {arguments.section}")
+
+    def on_row(row: dict[str, Any], work: AnyWorkload) -> None:
+        if row["status"] != "skipped":
+            show(row, work, console)
+
+    document = measure_sweep(
+        device,
+        path,
+        " ".join(["python -m benchmarks.device", *flags]),
+        quick=arguments.quick,
+        budget=arguments.budget,
+        only=arguments.only,
+        section=arguments.section,
+        say=lambda text: console.print(text, markup=False),
+        on_row=on_row,
     )
-    own = [row for row in rows if row["contender"].startswith("fastgoal")] + document["checks"]
-    return 1 if any(entry["status"] in ("wrong", "failed") for entry in own) else 0
+    rows, seconds = document["rows"], document["seconds"]
+    console.print(f"{len(rows)} rows in {seconds:.0f} s, written to {path}", markup=False)
+    if not document["finished"]:
+        return 130
+    return 1 if wrong_or_failed(document) else 0
 
 
 if __name__ == "__main__":

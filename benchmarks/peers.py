@@ -27,6 +27,19 @@ class Unavailable(RuntimeError):
     """This contender can not take part; the message says why."""
 
 
+def import_peer(module: str) -> ModuleType:
+    """Another package's module.
+
+    Raises:
+        Unavailable: not installed, or not importable here.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # other people's import-time code can raise anything
+        reason = str(error).strip().splitlines() or [""]
+        raise Unavailable(f"import fails: {type(error).__name__}: {reason[0]}") from error
+
+
 @dataclass(frozen=True)
 class Captions:
     """Text tokens: (texts, longest, dim), with a mask unless all are full; or packed."""
@@ -66,11 +79,7 @@ class Peer:
         if device.type != self.device:
             kind = {"cuda": "a CUDA device", "cpu": "a CPU"}[self.device]
             raise Unavailable(f"its kernels need {kind}")
-        try:
-            module = importlib.import_module(self.module)
-        except Exception as error:  # other people's import-time code can raise anything
-            reason = str(error).strip().splitlines() or [""]
-            raise Unavailable(f"import fails: {type(error).__name__}: {reason[0]}") from error
+        module = import_peer(self.module)
         return lambda images, captions, directions: self.call(module, images, captions, directions)
 
     def version(self) -> str | None:

@@ -15,17 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import cpu_sections
+from . import cpu_sections, feature_cpu_sections
 from .facts import ROOT
+from .feature_peers import CLIP, SIGMOID
+from .feature_workloads import CONTENDERS as FEATURE_CONTENDERS
+from .feature_workloads import PROMISED
 from .peers import PEERS
 
 Row = dict[str, Any]
 Document = dict[str, Any]
 
 WORK = ("op", "direction", "stage", "images", "texts", "text_tokens", "image_tokens", "dim",
-        "dtype", "layout", "fill")  # fmt: skip
+        "dtype", "layout", "fill", "batch")  # fmt: skip
 PEER_NAMES = tuple(peer.name for peer in PEERS)
 EAGER = ("eager amax", "eager max")
+FEATURE_RIVALS = tuple(name for name in FEATURE_CONTENDERS if not name.startswith("fastgoal "))
 
 
 def load(folder: Path) -> list[Document]:
@@ -33,7 +37,7 @@ def load(folder: Path) -> list[Document]:
     documents = []
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
-        if document.get("kind") in ("device", "maxsim_cpu"):
+        if document.get("kind") in ("device", "maxsim_cpu", "feature_cpu"):
             documents.append({**document, "stem": path.stem})
     return documents
 
@@ -70,7 +74,7 @@ class Results:
 
     def value(self, key: str, contender: str, **work: Any) -> float | None:
         for row in self.rows:
-            if row["contender"] == contender and all(row[k] == v for k, v in work.items()):
+            if row["contender"] == contender and all(row.get(k) == v for k, v in work.items()):
                 return row[key]
         return None
 
@@ -140,6 +144,27 @@ def promises(rows: Iterable[Row]) -> list[Promise]:
     return found
 
 
+def feature_promises(rows: Iterable[Row]) -> list[Promise]:
+    """The same of the losses of plain features."""
+    results = Results(rows)
+    batch, dim = PROMISED
+    found = []
+    for op, name in ((CLIP, "softmax"), (SIGMOID, "sigmoid")):
+        work = {"op": op, "stage": "forward+backward", "batch": batch, "dim": dim}
+        step = results.value("median_ms", "fastgoal triton", **work)
+        extra = results.value("extra_bytes", "fastgoal triton", **work)
+        rival = results.best(FEATURE_RIVALS, **work)
+        size = f"{name} loss of plain features, forward+backward, B {batch:,}, D {dim}"
+        found.append(Promise(f"{size}: against the fastest rival", 1, True, ratio(rival, step),
+                             "× faster"))  # fmt: skip
+        if op == CLIP:
+            share = results.value("share_of_gemm", "fastgoal triton", **work)
+            found.append(Promise("… share of the measured GEMM rate", 0.55, True, share, ""))
+        found.append(Promise("… extra memory", 16 * batch * dim / 1e6, False,
+                             None if extra is None else extra / 1e6, "MB"))  # fmt: skip
+    return found
+
+
 # ---------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------
@@ -153,6 +178,9 @@ def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def describe(row: Row) -> str:
+    if "batch" in row:  # plain features, one an image and one a caption
+        size = f"B {row['batch']:,}, D {row['dim']}, {row['dtype']}"
+        return f"{row['op']}, {row['stage']}: {size}"
     layout = "" if row["layout"] == "full" else f", {row['layout']} captions {row['fill']:.0%} full"
     return (
         f"{row['op']}, {row['direction']}, {row['stage']}: {row['images']} × {row['texts']}, "
@@ -164,8 +192,49 @@ def groups(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """The rows of each workload, in the order in which the workloads first appear."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in WORK), []).append(row)
+        found.setdefault(tuple(row.get(key) for key in WORK), []).append(row)
     return found
+
+
+def races(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rivals side by side, ours first: `groups`, with padded and packed captions in one race.
+
+    Each row has a `label` more: the contender, and its layout where there are two.
+    """
+    found: dict[str, list[Row]] = {}
+    for rivals in groups(rows).values():
+        race = found.setdefault(describe_race(rivals[0]), [])
+        for row in rivals:
+            layout = row.get("layout", "full")
+            label = row["contender"] + ("" if layout == "full" else f", {layout}")
+            race.append({**row, "label": label})
+    return [
+        sorted(race, key=lambda row: not row["contender"].startswith("fastgoal "))
+        for race in found.values()
+    ]
+
+
+def describe_race(row: Row) -> str:
+    """What the rows of one race measure."""
+    if row.get("layout", "full") == "full":
+        return describe(row)
+    return describe({**row, "layout": "full"}) + f", captions {row['fill']:.0%} full"
+
+
+def describe_machine(document: Document) -> str:
+    """The device, the versions and the sources of a result, in one line."""
+    device, versions = document["device"], document["versions"]
+    threads = ""
+    if "threads" in device:
+        threads = f", {device['threads']} thread{'s' * (device['threads'] != 1)}"
+    packages = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if versions.get(name)
+    )
+    commit = document["source"]["commit"]
+    commit = "" if commit is None else f", commit {commit[:12]}"
+    if document["source"]["modified"]:
+        commit += " with local changes"
+    return f"{device['name']}{threads}, {packages}{commit}"
 
 
 def our_default(document: Document) -> str:
@@ -259,6 +328,23 @@ def cpu_section(document: Document, plot: str | None) -> str:
     return "\n".join(parts)
 
 
+def feature_cpu_section(document: Document, plot: str | None) -> str:
+    rows = document["rows"]
+    parts = [
+        f"### Losses of plain features: B {rows[0]['batch']:,}, "
+        f"{document['device']['threads']} threads\n",
+        provenance(document),
+    ]
+    if plot:
+        parts.append(f"![time and memory]({plot})\n")
+    parts.append(f"**{feature_cpu_sections.title(rows)}**\n")
+    parts.append(markdown_table(feature_cpu_sections.HEAD, feature_cpu_sections.table(rows)))
+    footer = [f"- {line}" for line in feature_cpu_sections.footer(rows)]
+    if footer:
+        parts.append("\n".join(footer) + "\n")
+    return "\n".join(parts)
+
+
 def page(documents: list[Document], plots: dict[str, str]) -> str:
     """The whole of docs/benchmarks.md."""
     gpus = [d for d in documents if d["kind"] == "device" and d["device"]["type"] == "cuda"]
@@ -280,7 +366,8 @@ def page(documents: list[Document], plots: dict[str, str]) -> str:
     for document in gpus or [{"rows": [], "device": {"name": ""}}]:
         if document["device"]["name"]:
             parts.append(f"Measured on {document['device']['name']}:\n")
-        cells = (promise.cells() for promise in promises(document["rows"]))
+        promised = promises(document["rows"]) + feature_promises(document["rows"])
+        cells = (promise.cells() for promise in promised)
         parts.append(markdown_table(["", "promised", "measured", "holds"], cells))
     parts += [device_section(document, plots.get(document["stem"])) for document in gpus]
     parts.append("## CPU\n")
@@ -291,33 +378,70 @@ def page(documents: list[Document], plots: dict[str, str]) -> str:
     ]
     if not small and not cpus:
         parts.append("Not yet measured: `python -m benchmarks.maxsim_cpu`.\n")
+    features = [document for document in documents if document["kind"] == "feature_cpu"]
+    parts += [feature_cpu_section(document, plots.get(document["stem"])) for document in features]
+    if not features:
+        parts.append("Losses of plain features, not yet measured: "
+                     "`python -m benchmarks.feature_cpu`.\n")  # fmt: skip
     parts += [device_section(document, plots.get(document["stem"])) for document in cpus]
     return "\n".join(parts)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Rivals whose bars stand together, and what they did."""
+
+    title: str
+    rows: list[Row]
+    names: list[str]
+
+
+def panels(document: Document) -> list[Panel]:
+    """The training steps of a result, without who did not finish."""
+    rows = [row for row in document["rows"] if row["stage"] == "forward+backward"]
+    if document["kind"] == "device":
+        races_run = [race for race in races(rows) if pictured(race[0], rows)]
+        titles = [describe_race(race[0]) for race in races_run]
+    elif document["kind"] == "maxsim_cpu":
+        races_run = list(cpu_sections.by_section(rows).values())
+        titles = [cpu_sections.title(race) for race in races_run]
+    else:
+        races_run = list(feature_cpu_sections.by_loss(rows).values())
+        titles = [describe(race[0]) for race in races_run]
+    found = []
+    for title, race in zip(titles, races_run, strict=True):
+        ok = [row for row in race if row["status"] == "ok"]
+        if ok:
+            found.append(Panel(title, ok, [row.get("label", row["contender"]) for row in ok]))
+    return found
+
+
+def pictured(row: Row, rows: Iterable[Row]) -> bool:
+    """Of the many sizes of plain features only the promised one, where that was measured."""
+    sizes = {(other["batch"], other["dim"]) for other in rows if "batch" in other}
+    return "batch" not in row or PROMISED not in sizes or (row["batch"], row["dim"]) == PROMISED
+
+
 def plot(document: Document, folder: Path) -> Path | None:
-    """Time and extra memory of the training steps, a bar a contender; None if there is none."""
+    """Time and extra memory of the training steps, a bar a contender; None if there is none.
+
+    The picture is `folder`/`document["stem"]`.png.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    small = document["kind"] == "maxsim_cpu"
-    steps = [
-        [row for row in rows if row["status"] == "ok"]
-        for rows in (cpu_sections.by_section if small else groups)(document["rows"]).values()
-        if rows[0]["stage"] == "forward+backward"
-    ]
-    steps = [rows for rows in steps if rows]
+    steps = panels(document)
     if not steps:
         return None
-    bars_in_all = sum(len(rows) for rows in steps)
+    bars_in_all = sum(len(step.rows) for step in steps)
     figure, axes = plt.subplots(
         len(steps), 2, figsize=(11, 1.0 * len(steps) + 0.45 * bars_in_all), squeeze=False,
-        layout="constrained", height_ratios=[1 + len(rows) for rows in steps],
+        layout="constrained", height_ratios=[1 + len(step.rows) for step in steps],
     )  # fmt: skip
-    for (time_axis, memory_axis), rows in zip(axes, steps, strict=True):
-        names = [row["contender"] for row in rows][::-1]
+    for (time_axis, memory_axis), step in zip(axes, steps, strict=True):
+        rows, names = step.rows, step.names[::-1]
         colours = ["tab:green" if name.startswith("fastgoal") else "0.6" for name in names]
         for axis, key, scale, unit in (
             (time_axis, "median_ms", 1, "ms"),
@@ -331,8 +455,9 @@ def plot(document: Document, folder: Path) -> Path | None:
             axis.tick_params(labelsize=8)
             axis.margins(x=0.12)
         memory_axis.set_yticklabels([])
-        title = cpu_sections.title(rows) if small else describe(rows[0])
-        time_axis.set_title(title, fontsize=8, loc="left")
+        time_axis.set_title(step.title, fontsize=8, loc="left")
+    if document["kind"] == "device":
+        figure.suptitle(describe_machine(document), fontsize=9)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{document['stem']}.png"
     figure.savefig(path, dpi=120)

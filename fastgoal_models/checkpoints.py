@@ -26,13 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .errors import UserError
+
 _FORMAT = 1
 _WEIGHTS, _STATE, _MANIFEST = "model.safetensors", "state.pt", "checkpoint.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".writing-"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 

@@ -1,4 +1,11 @@
-"""The `fastgoal` command. Exit codes: 0 done, 2 the user's input is at fault, 130 Ctrl-C."""
+"""The `fastgoal` command.
+
+Exit codes: 0 done, 1 `doctor` or `bench` found our results wrong, 2 the user's input is at fault,
+130 Ctrl-C.
+
+A command imports what it runs inside its own body: PyTorch and open_clip take seconds, which --help
+should not wait for, and `fastgoal doctor` must work where one of them is missing or broken.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fastgoal_kernels import __version__
+from .errors import UserError
 
-from .checkpoints import CheckpointError
-from .glit import GlitError
-from .train_command import TrainOptions, run_training
-from .training import ConfigError, TrainingError
-
+EXIT_NOT_WELL = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -44,6 +47,11 @@ class Preset(str, Enum):
     published = "published"
 
 
+class Layout(str, Enum):
+    open_clip = "open-clip"
+    hf = "hf"
+
+
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")
 ]
@@ -62,6 +70,8 @@ PretrainedOption = Annotated[
 
 def _show_version(asked: bool) -> None:
     if asked:
+        from fastgoal_kernels import __version__
+
         typer.echo(f"fastgoal {__version__}")
         raise typer.Exit
 
@@ -97,12 +107,8 @@ def demo(
     unless --pretrained names weights that are not here.
     """
     console = Console()
-    with _user_errors():
-        # Here, because plots need what only the demo extra installs.
-        try:
-            from .demo.run import DemoOptions, run_demo
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"{error}. Fix: pip install 'fastgoal[demo]'") from error
+    with _user_errors(extra="demo"):  # plots need what only that extra installs
+        from .demo.run import DemoOptions, run_demo
 
         result = run_demo(
             DemoOptions(
@@ -164,6 +170,8 @@ def train(
     console = Console()
     changes = {"steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": lr}
     with _user_errors():
+        from .train_command import TrainOptions, run_training
+
         result = run_training(
             TrainOptions(
                 data=data,
@@ -188,6 +196,105 @@ def train(
         _say_how_to_resume(console)
 
 
+@app.command(no_args_is_help=True)
+def train_open_clip(
+    flags: Annotated[
+        list[str], typer.Argument(metavar="-- FLAGS", help="Flags of open_clip_train, after a --.")
+    ],
+) -> None:
+    """Train with open_clip's own trainer and its own flags, and our losses inside.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m fastgoal_models train-open-clip -- FLAGS
+    """
+    with _user_errors():
+        from .open_clip_command import run_open_clip_train
+
+        run_open_clip_train(flags)
+
+
+@app.command(no_args_is_help=True)
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="Weights file, or a folder with one (also a checkpoint's).")
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(help="A .safetensors file; for hf also a folder, with config.json then."),
+    ],
+    to: Annotated[Layout, typer.Option(help="The layout to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="open_clip model name, or a JSON config, of open_clip weights: config.json needs "
+            "its heads and activation. Default: what `fastgoal train` noted with its checkpoint."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Convert CLIP weights between Hugging Face's layout and open_clip's, without loss.
+
+    Reads safetensors, and PyTorch files without running code that they may hold; also GOAL's
+    checkpoints, and texts of 248 positions.
+    """
+    with _user_errors():
+        from .convert_command import ConvertOptions, run_convert
+
+        run_convert(ConvertOptions(source, target, to.value, model, force), Console())
+
+
+@app.command()
+def doctor(
+    device: DeviceOption = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write what was found here.")
+    ] = None,
+) -> None:
+    """Look at this machine: versions, devices, settings, backends; test the losses on it.
+
+    The self-test compares each loss and its gradients with the reference in float64, in about ten
+    seconds. Exit code 0: all is well; 1: the self-test failed.
+    """
+    with _user_errors():
+        from .doctor import run_doctor
+
+        well = run_doctor(device, json_path, Console())
+    if not well:
+        raise typer.Exit(EXIT_NOT_WELL)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for the figures and the picture.")] = Path(
+        "fastgoal-bench"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes, in seconds: does everything run?")
+    ] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds after which nothing starts. Default: 90, on a GPU 450."),
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Measure our losses against plain PyTorch and other libraries: time and extra memory.
+
+    Needs a checkout of the repository. Takes about a minute on a CPU, where the sizes are small,
+    and under eight on a GPU. Exit code 0: done; 1: a backend of ours was wrong.
+    """
+    console = Console()
+    with _user_errors(extra="bench"):
+        from .bench_command import BenchOptions, run_bench
+
+        options = BenchOptions(
+            out=out, quick=quick, device=device, budget=budget, command=_command()
+        )
+        outcome = run_bench(options, console)
+    if not outcome.finished:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if not outcome.right:
+        raise typer.Exit(EXIT_NOT_WELL)
+
+
 def main() -> None:
     """The entry point of the `fastgoal` command."""
     app()
@@ -197,6 +304,13 @@ def _command() -> str:
     return shlex.join(["fastgoal", *sys.argv[1:]])
 
 
+def _refuse(message: str) -> NoReturn:
+    Console(stderr=True).print(
+        f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True
+    )
+    raise typer.Exit(EXIT_USER_ERROR) from None
+
+
 def _say_how_to_resume(console: Console) -> None:
     again = _command() if "--resume" in sys.argv else f"{_command()} --resume"
     console.print(f"Stopped and saved. Go on with:\n  {escape(again)}", soft_wrap=True)
@@ -204,15 +318,19 @@ def _say_how_to_resume(console: Console) -> None:
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
-    """Errors a user can mend end in one line and exit code 2; a bug keeps its traceback."""
+def _user_errors(extra: str = "models") -> Iterator[None]:
+    """Errors a user can mend end in one line and exit code 2; a bug keeps its traceback.
+
+    `extra`: the extra of this package that installs what the command imports.
+    """
     try:
         yield
-    except (CheckpointError, ConfigError, GlitError, TrainingError, OSError) as error:
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(EXIT_USER_ERROR) from None
+    except (UserError, OSError) as error:
+        _refuse(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastgoal"):
+            raise
+        _refuse(f"{error}. Fix: pip install 'fastgoal[{extra}]'")
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         Console(stderr=True).print("Interrupted.")
         raise typer.Exit(EXIT_INTERRUPTED) from None

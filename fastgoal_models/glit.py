@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .captions import pack_row, sentence_tokens, split_sentences
+from .errors import UserError
 from .fast_goal import FastGoalBatch
 
 Box = tuple[float, float, float, float]
@@ -39,7 +40,7 @@ _EXIF_ORIENTATION = 0x0112
 _OWN_KEYS = ("id", "image", "width", "height", "caption", "sentences", "pairs")
 
 
-class GlitError(ValueError):
+class GlitError(UserError, ValueError):
     """A record, picture or data set that can not be used; the message names it and says why."""
 
 

@@ -1,4 +1,4 @@
-"""What a person typed, as objects: a device, a model, the name of a data set's contents."""
+"""What a person typed, as objects: a model, the name of a data set's contents."""
 
 from __future__ import annotations
 
@@ -8,22 +8,9 @@ from pathlib import Path
 
 import torch
 
+from .errors import ConfigError
 from .fast_goal import FastGoalModel
 from .glit import GlitRecord
-from .training import ConfigError, default_device
-
-
-def parse_device(name: str | None) -> torch.device:
-    """The device of that name, or the default one. ConfigError when it is not here."""
-    if name is None:
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"device {name!r} can not be used here: {reason}") from error
-    return device
 
 
 def create_model(

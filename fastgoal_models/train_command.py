@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from .devices import parse_device
 from .fast_goal import FastGoalModel
 from .flism import match_pairs
 from .glit import FastGoalDataset, GlitRecord, read_glit
-from .options import create_model, parse_device, records_digest
+from .options import create_model, records_digest
 from .progress import StepPrinter
 from .training import TrainConfig, TrainingError, TrainResult, train, uses_bf16
 

@@ -35,6 +35,8 @@ from .checkpoints import (
     save_checkpoint,
     write_text_atomically,
 )
+from .devices import default_device
+from .errors import ConfigError, UserError
 from .fast_goal import FastGoalBatch, FastGoalModel
 from .glit import collate
 
@@ -44,11 +46,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 _FREE_TO_CHANGE = ("out", "save_every", "keep", "num_workers")
 
 
-class ConfigError(ValueError):
-    """A training option makes no sense; the message names it."""
-
-
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training can not start or go on; the message says why and what to do."""
 
 
@@ -150,11 +148,6 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
-
-
-def default_device() -> torch.device:
-    """CUDA where there is a GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
 import fastgoal_kernels
+
+from ..machine import processor_name
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:
@@ -18,7 +19,7 @@ def machine_facts(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(device)
     facts["processor"] = (
-        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     )
     facts["system"] = (
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
@@ -27,15 +28,6 @@ def machine_facts(device: torch.device) -> dict[str, str]:
     versions |= {name: _version(name) for name in ("triton", "open-clip-torch")}
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     return facts
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():  # platform.processor() is empty on most Linux systems
-        for line in cpuinfo.read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(distribution: str) -> str:

@@ -19,10 +19,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..checkpoints import write_text_atomically
+from ..devices import parse_device
 from ..fast_goal import DEMO_CONFIG, FastGoalBatch, FastGoalModel
 from ..flism import match_pairs
 from ..glit import FastGoalDataset, GlitRecord, LocalPair, read_glit, write_glit
-from ..options import create_model, parse_device, records_digest
+from ..options import create_model, records_digest
 from ..progress import StepPrinter
 from ..retrieval import Retrieval, evaluate
 from ..training import ConfigError, TrainConfig, read_log, train, uses_bf16

@@ -2,20 +2,27 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 
 pytest.importorskip("rich", reason="rich is not installed (extra: bench)")
 
-from benchmarks import device, report
-from benchmarks.workloads import CONTENDERS, sweep, takes_part
+from benchmarks import device, feature_workloads, report
+from benchmarks.feature_workloads import FeatureWorkload
+from benchmarks.workloads import CONTENDERS, Workload, sweep, takes_part
 
 
 @pytest.fixture(scope="module")
 def quick_result(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "device-quick.json"
-    status = device.main(["--quick", "--out", str(path)])
+    with pytest.MonkeyPatch.context() as patch:
+        # As if it were not installed: its import takes longer than all the rest.
+        patch.setitem(sys.modules, "sentence_transformers", None)
+        for name in [name for name in sys.modules if name.startswith("sentence_transformers.")]:
+            patch.delitem(sys.modules, name)
+        status = device.main(["--quick", "--out", str(path)])
     return status, json.loads(path.read_text()), path
 
 
@@ -29,8 +36,9 @@ def test_quick_sweep_finishes_and_every_row_says_what_happened(quick_result):
     assert document["ceilings"]["copy_gb_s"] > 0 and document["ceilings"]["gemm_tflop_s"] > 0
     rows = document["rows"]
     pairs = [(name, work) for name in CONTENDERS for work in sweep(cuda, quick=True)]
-    assert len(rows) == sum(takes_part(*pair) for pair in pairs) > len(pairs) / 2
-    for row in rows:
+    own = [row for row in rows if row["op"].startswith("maxsim")]
+    assert len(own) == sum(takes_part(*pair) for pair in pairs) > len(pairs) / 2
+    for row in own:
         if row["status"] == "ok":
             assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
             assert row["extra_bytes"] >= 0 and row["repeats"] >= 5
@@ -45,17 +53,42 @@ def test_quick_sweep_finishes_and_every_row_says_what_happened(quick_result):
             assert row["status"] in ("unavailable", "skipped"), row
 
 
+def test_quick_sweep_has_every_contender_of_both_losses_of_plain_features(quick_result):
+    _, document, _ = quick_result
+    rows = [row for row in document["rows"] if not row["op"].startswith("maxsim")]
+    works = feature_workloads.sweep(torch.cuda.is_available(), quick=True)
+    names = feature_workloads.CONTENDERS
+    planned = [(name, w) for w in works for name in names if feature_workloads.takes_part(name, w)]
+    assert len(rows) == len(planned)
+    status = {(row["contender"], row["op"], row["stage"]): row for row in rows}
+    for name, work in planned:
+        row = status[name, work.op, work.stage]
+        if name in ("fastgoal torch", "eager"):
+            assert row["status"] == "ok" and row["median_ms"] > 0 and row["tflop_s"] > 0
+            expected = {"loss"}
+            if work.stage == "forward+backward":
+                expected |= {"gradients", "parameters"}
+            assert set(row["parity"]) == expected
+        else:
+            assert row["status"] == "ok" or row["reason"]
+    absent = status["sentence-transformers cached", "clip_contrastive_loss", "inference"]
+    assert absent["status"] == "unavailable" and "import fails" in absent["reason"]
+    assert {"memeff", "open-clip-torch", "sentence-transformers"} <= set(document["versions"])
+
+
 def test_quick_sweep_measures_the_torch_backend_and_eager_everywhere(quick_result):
     _, document, _ = quick_result
     status = {}
     for row in document["rows"]:
-        status.setdefault(row["contender"], []).append((row["layout"], row["status"]))
+        if row["op"].startswith("maxsim"):
+            status.setdefault(row["contender"], []).append((row["layout"], row["status"]))
     assert all(each == "ok" for _, each in status["fastgoal torch"])
     for name in ("eager amax", "eager max"):
         for layout, each in status[name]:
             assert each == ("unavailable" if layout == "packed" else "ok")
     checks = {check["name"]: check for check in document["checks"]}
-    assert len(checks) == 6
+    assert len(checks) == 10
+    assert checks["torch sigmoid_contrastive_loss"]["status"] == "ok"
     assert all(checks[f"torch {layout}"]["status"] == "ok" for layout in ("full", "packed"))
 
 
@@ -65,6 +98,59 @@ def test_a_spent_budget_skips_rows_and_says_so(tmp_path):
     document = json.loads(path.read_text())
     assert status == 0 and document["finished"] and document["rows"]
     assert all("time budget" in row["reason"] for row in document["rows"])
+
+
+def test_sections_can_be_measured_apart():
+    both, maxsim, features = (
+        device.planned(True, False, section=section) for section in (None, "maxsim", "features")
+    )
+    assert {type(work) for _, work in maxsim} == {Workload}
+    assert {type(work) for _, work in features} == {FeatureWorkload}
+    assert len(both) == len(maxsim) + len(features)
+    assert set(both) == {*maxsim, *features}
+    # A spent budget misses what is compiled first, and a rival of ours last.
+    names = list(dict.fromkeys(name for name, _ in both))
+    assert names[:2] == ["fastgoal triton", "fastgoal torch"]
+    assert {"torch.compile", "torch.compile of open_clip"} == set(names[-2:])
+    compiled = [work for name, work in features if device.is_compiled(name)]
+    assert {(work.batch, work.dim) for work in compiled} == {feature_workloads.PROMISED}
+
+
+def test_a_section_has_its_own_checks_and_names_itself(tmp_path):
+    path = tmp_path / "features.json"
+    arguments = ["--quick", "--section", "features", "--only", "eager", "--out", str(path)]
+    assert device.main(arguments) == 0
+    document = json.loads(path.read_text())
+    assert document["command"] == "python -m benchmarks.device --quick --section features"
+    assert [row["contender"] for row in document["rows"]] == ["eager"] * 4
+    assert len(document["checks"]) == 4
+
+
+def feature_row(contender, milliseconds, batch, dim=768, status="ok", **changes):
+    work = FeatureWorkload("clip_contrastive_loss", "forward+backward", batch, dim, "bfloat16")
+    row = dict(
+        contender=contender, status=status, reason=None, parity={"loss": 0.0},
+        median_ms=milliseconds, low_ms=milliseconds, high_ms=milliseconds, repeats=3,
+        extra_bytes=10, tflop_s=1.0, share_of_gemm=0.5,
+    )  # fmt: skip
+    return {**work.as_json(), **row, **changes}
+
+
+def test_a_contender_whose_next_call_would_take_too_long_is_stopped():
+    work = FeatureWorkload("clip_contrastive_loss", "forward+backward", 65_536, 768, "bfloat16")
+    rows = [
+        feature_row("inf-cl", 40.0, 8_192),
+        feature_row("inf-cl", 300.0, 32_768),
+        feature_row("inf-cl", 9000.0, 32_768, dim=1024),
+        fake_row("inf-cl", 9000.0),
+        feature_row("memeff", 100.0, 32_768),
+        feature_row("open_clip", None, 32_768, status="out of memory"),
+    ]
+    reason = device.too_slow(work, "inf-cl", rows)
+    assert reason == "a call would take about 1.2 s, going by B 32,768"
+    for name in ("memeff", "open_clip", "eager"):
+        assert device.too_slow(work, name, rows) is None
+    assert device.too_slow(sweep(cuda=True, quick=False)[0], "inf-cl", rows) is None
 
 
 def test_a_contender_that_fails_or_is_wrong_is_a_row_not_a_crash(monkeypatch):
@@ -100,6 +186,7 @@ def test_the_page_renders_from_a_sweep(quick_result, tmp_path):
     text = out.read_text()
     assert document["device"]["name"] in text and "Honest non-wins" in text
     assert "maxsim_contrastive_loss, both, forward+backward" in text
+    assert "sigmoid_contrastive_loss, forward+backward: B 24, D 16" in text
     assert list((tmp_path / "docs" / "benchmarks").glob("*.png"))
     if not torch.cuda.is_available():
         assert "not yet measured" in text
@@ -109,7 +196,8 @@ def test_the_page_claims_no_gpu_figure_without_a_gpu_result(tmp_path):
     out = tmp_path / "benchmarks.md"
     report.main(["--results", str(tmp_path), "--out", str(out)])
     promised = [line for line in out.read_text().splitlines() if line.startswith("| ")][2:]
-    assert len(promised) > 20
+    assert len(promised) > 25
+    assert any("softmax loss of plain features" in line for line in promised)
     assert all("not yet measured" in line for line in promised)
 
 
@@ -145,3 +233,38 @@ def test_promises_and_lost_races_are_read_from_the_rows():
     assert len(lost) == 2
     assert "fastgoal torch takes 0.80 of our time" in lost[0]
     assert "flash-maxsim takes 0.50 of our memory" in lost[1]
+
+
+def test_promises_of_plain_features_are_read_from_the_rows():
+    rows = [
+        feature_row("fastgoal triton", 100.0, 65_536, extra_bytes=700e6),
+        feature_row("fastgoal torch", 50.0, 65_536),  # ours as well: not a rival
+        feature_row("memeff", 300.0, 65_536),
+        feature_row("torch.compile of open_clip", 120.0, 65_536),
+        feature_row("memeff", 9.0, 65_536, dim=512),
+        feature_row("fastgoal triton", 80.0, 65_536, op="sigmoid_contrastive_loss"),
+        feature_row("siglip-kernel", 60.0, 65_536, op="sigmoid_contrastive_loss"),
+    ]
+    softmax, share, memory, sigmoid, sigmoid_memory = report.feature_promises(rows)
+    assert softmax.measured == pytest.approx(1.2) and softmax.cells()[3] == "yes"
+    assert share.measured == 0.5 and share.cells()[3] == "no"
+    assert memory.measured == 700 and memory.target == pytest.approx(805.3, abs=0.1)
+    assert sigmoid.measured == 0.75 and sigmoid.cells()[3] == "no"
+    assert sigmoid_memory.cells()[3] == "yes"
+    assert all(promise.measured is None for promise in report.feature_promises([]))
+    lost = report.losses({"rows": rows, "device": {"type": "cuda"}})
+    assert any("siglip-kernel takes 0.75 of our time" in line for line in lost)
+    assert any("B 65,536, D 768" in line for line in lost)
+
+
+def test_of_the_many_sizes_of_plain_features_the_picture_shows_the_promised_one():
+    rows = [feature_row("fastgoal triton", 1.0, b, d) for b in (8_192, 65_536) for d in (512, 768)]
+    rows.append(feature_row("memeff", None, 65_536, status="failed"))
+    rows.append(fake_row("fastgoal triton", 1.0, stage="forward+backward"))
+    (maxsim, features) = sorted(
+        report.panels({"kind": "device", "rows": rows}), key=lambda panel: "B 65" in panel.title
+    )
+    assert "1024 × 1024" in maxsim.title
+    assert "B 65,536, D 768" in features.title and features.names == ["fastgoal triton"]
+    small = report.panels({"kind": "device", "rows": rows[:2]})
+    assert len(small) == 2
