@@ -23,6 +23,7 @@ from .functional import (
     text_conditioned_topk,
     token_similarity_loss,
 )
+from .gradient_cache import cached_backward
 from .integrations import patch_hf_clip, patch_open_clip, unpatch_hf_clip, unpatch_open_clip
 from .modules import (
     ClipLoss,
@@ -49,6 +50,7 @@ __all__ = [
     "TextConditionedSigmoidLoss",
     "TokenSimilarityLoss",
     "available_backends",
+    "cached_backward",
     "clip_contrastive_loss",
     "explain_backend",
     "farthest_point_sampling",

@@ -1,11 +1,14 @@
-"""Hugging Face's `CLIPModel`, `SiglipModel` and `Siglip2Model` with our losses inside.
+"""Hugging Face's CLIP and SigLIP models with our losses inside.
 
 >>> from fastgoal_kernels import patch_hf_clip
 >>> patch_hf_clip()
 >>> loss = model(**inputs, return_loss=True).loss
 
 With `return_loss=True` the loss is computed from the model's normalised embeddings. Without it
-nothing changes.
+nothing changes. The table below lists the models: those whose loss is exactly CLIP's or SigLIP's of
+the two embeddings that they return. Not among them are CLAP (two scales), X-CLIP (a caption's
+embedding depends on the video), FLAVA and BridgeTower (several losses at once) and OWL-ViT (a
+detector; older releases may return other embeddings than the loss's).
 
 What is saved, and what is not: these models return `logits_per_image` and `logits_per_text`, so
 one matrix of logits (images x texts) is still computed, and lives, with what autograd keeps of it,
@@ -30,11 +33,27 @@ from .patching import Method, Patch, PatchSet
 
 def _embeddings(outputs: Any) -> tuple[Tensor, Tensor]:
     """Images', texts'. The towers of a model that is spread over devices may end on two of them."""
-    return outputs.image_embeds.to(outputs.text_embeds.device), outputs.text_embeds
+    images, texts = outputs.image_embeds.to(outputs.text_embeds.device), outputs.text_embeds
+    if len(images) != len(texts):
+        # Our sigmoid loss has a meaning for this, these models' has not.
+        raise ValueError(
+            f"return_loss=True needs one text per image; got {len(images)} images "
+            f"and {len(texts)} texts"
+        )
+    return images, texts
 
 
 def _clip_loss(model: Any, outputs: Any) -> Tensor:
     return clip_contrastive_loss(*_embeddings(outputs), model.logit_scale.exp())
+
+
+def _align_loss(model: Any, outputs: Any) -> Tensor:
+    scale = model.temperature.reciprocal()
+    return clip_contrastive_loss(*_embeddings(outputs), scale, label_smoothing=0.1)
+
+
+def _tips_loss(model: Any, outputs: Any) -> Tensor:
+    return clip_contrastive_loss(*_embeddings(outputs), model.temperature.reciprocal())
 
 
 def _siglip_loss(model: Any, outputs: Any) -> Tensor:
@@ -59,7 +78,8 @@ def _with_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Method], Method]
             kwargs.update(zip(names[1:], args, strict=False))
             as_dict = kwargs.pop("return_dict", None)
             outputs = original(self, **{**kwargs, "return_loss": False, "return_dict": True})
-            outputs = type(outputs)(**{**outputs, "loss": loss(self, outputs)})
+            if {"image_embeds", "text_embeds"} <= outputs.keys():  # TIPSv2 takes one of them, too
+                outputs = type(outputs)(**{**outputs, "loss": loss(self, outputs)})
             if as_dict is None:
                 as_dict = getattr(self.config, "return_dict", True)
             return outputs if as_dict else outputs.to_tuple()
@@ -69,15 +89,27 @@ def _with_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Method], Method]
     return replace
 
 
+_LOSSES = (
+    # package of transformers.models, class, its loss
+    ("clip", "CLIPModel", _clip_loss),
+    ("siglip", "SiglipModel", _siglip_loss),
+    ("siglip2", "Siglip2Model", _siglip_loss),
+    ("align", "AlignModel", _align_loss),
+    ("altclip", "AltCLIPModel", _clip_loss),
+    ("blip", "BlipModel", _clip_loss),
+    ("chinese_clip", "ChineseCLIPModel", _clip_loss),
+    ("clipseg", "CLIPSegModel", _clip_loss),
+    ("groupvit", "GroupViTModel", _clip_loss),
+    ("metaclip_2", "MetaClip2Model", _clip_loss),
+    ("tipsv2", "Tipsv2Model", _tips_loss),
+    ("vision_text_dual_encoder", "VisionTextDualEncoderModel", _clip_loss),
+)
+
 _PATCHES = PatchSet(
     "transformers",
     tuple(
-        Patch(f"transformers.models.{name}.modeling_{name}", class_name, "forward", replace)
-        for name, class_name, replace in (
-            ("clip", "CLIPModel", _with_loss(_clip_loss)),
-            ("siglip", "SiglipModel", _with_loss(_siglip_loss)),
-            ("siglip2", "Siglip2Model", _with_loss(_siglip_loss)),
-        )
+        Patch(f"transformers.models.{name}.modeling_{name}", owner, "forward", _with_loss(loss))
+        for name, owner, loss in _LOSSES
     ),
 )
 
@@ -85,8 +117,8 @@ _PATCHES = PatchSet(
 def patch_hf_clip() -> None:
     """Make the losses of Hugging Face's CLIP and SigLIP models ours, for the whole process.
 
-    Twice is once. The loss is float32 also where the model is of half precision. An unequal number
-    of images and texts is an error, as before for CLIP.
+    Twice is once. Models that the installed release lacks are passed over. The loss is float32 also
+    where the model is of half precision. An unequal number of images and texts is a ValueError.
 
     Raises:
         ImportError: transformers is not installed.

@@ -28,6 +28,7 @@ def patch_open_clip() -> None:
 
     Same arguments, same loss and gradients, on one process or several; the loss is float32 where
     the features are of half precision. `use_horovod` is refused, by name, when the loss is called.
+    Before open_clip 3 the fourth argument of ClipLoss was `output_dict`: name it, as trainers do.
 
     Raises:
         ImportError: open_clip is not installed.

@@ -43,14 +43,14 @@ class PatchSet:
             return
         if importlib.util.find_spec(self.package) is None:
             raise ImportError(f"{self.package} is not installed, so there is nothing to patch")
-        found = [
-            (patch, getattr(importlib.import_module(patch.module), patch.class_name))
-            for patch in self.patches
+        found = []
+        for patch in self.patches:
             # An older release may not have the model; its package is then missing.
-            if importlib.util.find_spec(patch.module.rpartition(".")[0]) is not None
-        ]
-        for patch, owner in found:
-            original = vars(owner)[patch.method]
+            if importlib.util.find_spec(patch.module.rpartition(".")[0]) is not None:
+                owner = getattr(importlib.import_module(patch.module), patch.class_name)
+                found.append((patch, owner, vars(owner)[patch.method]))
+        # After all of them are found, so that a failure leaves nothing half patched.
+        for patch, owner, original in found:
             self._originals.append((owner, patch.method, original))
             setattr(owner, patch.method, patch.replace(original))
 
