@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reference import score_dtype
+from .autograd_rules import register_first_derivative
 from .context import on_device_of
 from .token_rows import TokenRows, token_rows, winner_dtype
 
@@ -252,4 +253,4 @@ def _backward(ctx, t2i_grad, i2t_grad, _t2i_winners_grad, _i2t_winners_grad):
     )
 
 
-maxsim.register_autograd(_backward, setup_context=_setup_context)
+register_first_derivative(maxsim, maxsim_backward, _backward, _setup_context)

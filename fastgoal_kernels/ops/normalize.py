@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import score_dtype
+from .autograd_rules import register_first_derivative
 
 _SLAB_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 _EPS = 1e-12
@@ -81,4 +82,4 @@ def _backward(ctx, grad):
     return l2_normalize_backward(grad, *ctx.saved_tensors)
 
 
-l2_normalize.register_autograd(_backward, setup_context=_setup_context)
+register_first_derivative(l2_normalize, l2_normalize_backward, _backward, _setup_context)

@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .autograd_rules import register_first_derivative
 from .context import on_device_of
 
 
@@ -116,4 +117,4 @@ def _backward(ctx, grad, _row_lse_grad, _column_lse_grad):
     return d_rows, d_columns, d_scale, d_bias, None, None, None, None, None
 
 
-score_loss.register_autograd(_backward, setup_context=_setup_context)
+register_first_derivative(score_loss, score_loss_backward, _backward, _setup_context)

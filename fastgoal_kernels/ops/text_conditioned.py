@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..reference import score_dtype
 from . import text_conditioned_torch as engine
+from .autograd_rules import register_first_derivative
 
 
 @torch.library.custom_op("fastgoal::text_conditioned_scores", mutates_args=())
@@ -100,7 +101,9 @@ def _backward(ctx, grad):
     return *gradients, None, None, None, None
 
 
-text_conditioned_scores.register_autograd(_backward, setup_context=_setup_context)
+register_first_derivative(
+    text_conditioned_scores, text_conditioned_scores_backward, _backward, _setup_context
+)
 
 
 @torch.library.custom_op("fastgoal::text_conditioned_topk", mutates_args=())
