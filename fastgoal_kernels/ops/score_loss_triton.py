@@ -115,6 +115,8 @@ def score_gradient_kernel(
 # ---------------------------------------------------------------------------------------------
 
 _BLOCK_R, _BLOCK_C, _WARPS = 16, 128, 4
+# More than the gradient wants: without a limit ptxas aims at an occupancy, and spills to reach it.
+_MOST_REGISTERS = 255
 
 
 def _tiles(scores: Tensor) -> tuple[int, int]:
@@ -207,7 +209,7 @@ def backward(
             num_images, num_texts, captions_per_image,
             BLOCK_R=_BLOCK_R, BLOCK_C=_BLOCK_C, HAS_MASK=pair_mask is not None,
             SIGMOID=sigmoid, ROWS=rows, COLUMNS=columns, FILTER=grad_filter_eps > 0,
-            num_warps=_WARPS,
+            num_warps=_WARPS, maxnreg=_MOST_REGISTERS,
         )  # fmt: skip
         d_scale += partial_scale.sum()
         d_bias += partial_bias.sum()
@@ -238,6 +240,7 @@ def _case(kernel, label: str, constexprs: dict) -> CompileCase:
         constexprs=constexprs,
         num_warps=_WARPS,
         num_stages=3,
+        maxnreg=_MOST_REGISTERS if kernel is score_gradient_kernel else None,
         uses_matrix_unit=False,
         aligned=frozenset(name for name, kind in signature.items() if kind.startswith("*")),
     )
