@@ -1,8 +1,8 @@
 """Which implementation serves a call, and why: the one place that decides.
 
-`triton` serves CUDA tensors (and any tensor when Triton's interpreter is on), `torch` serves any
-device without ever holding the big tensor, `reference` is the eager definition. Nothing else in
-the library asks whether Triton is installed or a tensor is on a GPU.
+`triton` serves tensors on NVIDIA GPUs (and any tensor when Triton's interpreter is on), `torch`
+serves any device without ever holding the big tensor, `reference` is the eager definition. Nothing
+else in the library asks whether Triton is installed or a tensor is on a GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ TRITON_OPS = frozenset(
 )
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What the kernels are compiled and tested for.
+OLDEST_CAPABILITY = (8, 0)
 
 
 class BackendError(RuntimeError):
@@ -83,15 +85,34 @@ def available_backends() -> dict[str, tuple[str, ...]]:
     """The backends that can run on this machine for each public op, best first.
 
     An op without a Triton kernel lists only "torch" and "reference"; so does every op where
-    Triton is not installed, or where there is neither a CUDA device nor Triton's interpreter.
+    Triton is not installed, or where there is neither an NVIDIA GPU that the kernels are made for
+    nor Triton's interpreter.
     """
     from . import functional  # the public ops are the public functions of that module
 
-    triton_runs = _HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
+    gpus = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    triton_runs = _HAS_TRITON and (INTERPRETED or any(not _why_not_on(gpu) for gpu in gpus))
     return {
         op: (("triton",) if triton_runs and op in TRITON_OPS else ()) + ("torch", "reference")
         for op in functional.OPS
     }
+
+
+# A constant to torch.compile, which can not trace questions to the driver.
+@torch.compiler.assume_constant_result
+def _why_not_on(device: torch.device) -> str | None:
+    """The reason no kernel can run on this device, or None."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}, not on a CUDA device"
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA GPUs, and PyTorch is built for AMD's"
+    if not torch.cuda.is_available():
+        return None  # a fake tensor, whose device no one can ask
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        found, oldest = ("sm_{}{}".format(*x) for x in (capability, OLDEST_CAPABILITY))
+        return f"the Triton kernels need {oldest} or newer, and {device} is {found}"
+    return None
 
 
 def _why_not_triton(op: str, tensors: tuple[Tensor, ...]) -> str | None:
@@ -101,8 +122,9 @@ def _why_not_triton(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     if not _HAS_TRITON:
         return "Triton is not installed (pip install triton; Linux only)"
     for tensor in tensors:
-        if tensor.device.type != "cuda" and not INTERPRETED:
-            return f"the tensors are on {tensor.device}, not on a CUDA device"
+        reason = None if INTERPRETED else _why_not_on(tensor.device)
+        if reason:
+            return reason
         if tensor.dtype not in TRITON_DTYPES:
             return f"the Triton kernels do not take {tensor.dtype}"
     return None
@@ -135,4 +157,6 @@ def explain_backend(op: str, *tensors: Tensor) -> str:
         chosen = choose_backend(op, None, *tensors)
         return f"{chosen}: " + ("use_backend" if _forced else "FASTGOAL_BACKEND") + " asks for it"
     reason = _why_not_triton(op, tensors)
-    return f"torch: {reason}" if reason else "triton: CUDA tensors of a dtype the kernels take"
+    return (
+        f"torch: {reason}" if reason else "triton: a GPU and a dtype that the kernels are made for"
+    )

@@ -135,8 +135,10 @@ def _cuda(facts: Facts) -> Iterator[Advice]:
     if cuda.rocm is not None:
         yield Advice(
             f"PyTorch is built for ROCm {cuda.rocm}, not for CUDA",
-            "the Triton kernels have never been tried on AMD GPUs",
-            USE_TORCH,
+            "the Triton kernels are for NVIDIA GPUs, so that calls choose the torch backend, which "
+            "computes the same",
+            "nothing, on a machine with AMD GPUs",
+            is_problem=False,
         )
         return
     if triton is None:
@@ -151,11 +153,8 @@ def _cuda(facts: Facts) -> Iterator[Advice]:
             "it needs one to start any kernel",
             "install one, for example with apt-get install gcc, or name it in CC",
         )
-    if isinstance(facts.devices, Unknown) or isinstance(facts.choices, Unknown):
-        return
-    for device in facts.devices:
-        kernels_run = any(choice.backend == "triton" for choice in facts.choices[device.name])
-        if device.capability is not None and device.capability < OLDEST_CAPABILITY and kernels_run:
+    for device in () if isinstance(facts.devices, Unknown) else facts.devices:
+        if device.capability is not None and device.capability < OLDEST_CAPABILITY:
             yield _old_gpu(device)
 
 
@@ -196,9 +195,10 @@ def _old_gpu(device: Device) -> Advice:
     old, oldest = ("".join(map(str, pair)) for pair in (device.capability, OLDEST_CAPABILITY))
     return Advice(
         f"{device.name} ({device.model}) is sm_{old}",
-        f"the Triton kernels are made and tested for sm_{oldest} and newer; here they may fail, or "
-        "be slow",
-        USE_TORCH,
+        f"the Triton kernels need sm_{oldest} or newer, so that calls choose the torch backend, "
+        "which computes the same",
+        "nothing, with this GPU",
+        is_problem=False,
     )
 
 

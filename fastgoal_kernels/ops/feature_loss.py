@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .autograd_rules import register_first_derivative
 from .context import on_device_of
 from .features import Features
 
@@ -148,7 +149,9 @@ def _softmax_backward(ctx, upstream, *_):
     )
 
 
-softmax_loss.register_autograd(_softmax_backward, setup_context=_softmax_setup_context)
+register_first_derivative(
+    softmax_loss, softmax_loss_backward, _softmax_backward, _softmax_setup_context
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -247,4 +250,6 @@ def _sigmoid_backward(ctx, upstream, *_):
     )
 
 
-sigmoid_loss.register_autograd(_sigmoid_backward, setup_context=_sigmoid_setup_context)
+register_first_derivative(
+    sigmoid_loss, sigmoid_loss_backward, _sigmoid_backward, _sigmoid_setup_context
+)

@@ -110,11 +110,6 @@ LOSSES: dict[str, Callable[[Step, Tensor, Tensor], Tensor]] = {
 
 # Losses of plain PyTorch alone, which has every derivative.
 PLAIN = ("token_similarity_loss", "TokenSimilarityLoss")
-# Losses of plain features, for whose operators the refusals are still PyTorch's own.
-AWAITED = (
-    "clip_contrastive_loss", "sigmoid_contrastive_loss", "ClipLoss", "SigLipLoss", "FastGoalLoss",
-    "HierarchicalAlignmentLoss",
-)  # fmt: skip
 
 
 class Step(nn.Module):
@@ -443,7 +438,7 @@ TRANSFORMS: dict[str, tuple[Callable[..., Tensors], Callable[..., Tensors]]] = {
     "gradient penalty": (gradient_penalty, reference_penalty),
     "func.grad of a penalty": (func_penalty, reference_penalty),
 }
-SERVED = ("create_graph", "is_grads_batched", "vmap")
+SERVED = ("create_graph", "is_grads_batched", "vmap", "gradients around vmap")
 
 
 def as_function(name: str, device: str) -> tuple[Scalar, Tensor, Tensor]:
@@ -469,10 +464,6 @@ def test_a_derivative_is_right_or_refused_with_its_fix(name, device, transform):
 
     if transform in SERVED or name in PLAIN:
         answer_is_right()
-    elif name in AWAITED:
-        pytest.xfail("ops/feature_loss.py is to use register_first_derivative")
-    elif transform == "gradients around vmap":
-        answer_is_right()
     else:
         with pytest.raises(RuntimeError, match=r"^fastgoal::.* Fix: backend='reference'"):
             asked(f, v, t)
@@ -481,7 +472,7 @@ def test_a_derivative_is_right_or_refused_with_its_fix(name, device, transform):
 
 
 @every_device
-@pytest.mark.parametrize("name", ["MaxSimLoss"])
+@pytest.mark.parametrize("name", ["MaxSimLoss", "ClipLoss"])
 def test_forward_mode_is_refused_where_it_is_compiled(name, device):
     """The refusal is part of the operator: a graph that holds it can not be wrong in silence."""
     torch._dynamo.reset()
@@ -519,7 +510,6 @@ def test_every_operator_has_an_opcheck():
     assert operators() <= checked, f"no opcheck of {sorted(operators() - checked)}"
 
 
-@pytest.mark.xfail(reason="ops/feature_loss.py is to use register_first_derivative", strict=True)
 def test_every_gradient_is_registered_the_same_way():
     """So that no derivative is wrong in silence: see ops/autograd_rules.py."""
     pairs = {name: f"{name}_backward" for name in operators() if f"{name}_backward" in operators()}
