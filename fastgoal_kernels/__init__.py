@@ -24,7 +24,14 @@ from .functional import (
     token_similarity_loss,
 )
 from .gradient_cache import cached_backward
-from .integrations import patch_hf_clip, patch_open_clip, unpatch_hf_clip, unpatch_open_clip
+from .integrations import (
+    patch_hf_clip,
+    patch_open_clip,
+    patch_sentence_transformers,
+    unpatch_hf_clip,
+    unpatch_open_clip,
+    unpatch_sentence_transformers,
+)
 from .modules import (
     ClipLoss,
     FastGoalLoss,
@@ -61,6 +68,7 @@ __all__ = [
     "pack_tokens",
     "patch_hf_clip",
     "patch_open_clip",
+    "patch_sentence_transformers",
     "region_mean",
     "sigmoid_contrastive_loss",
     "soft_cluster_pool",
@@ -70,6 +78,7 @@ __all__ = [
     "token_similarity_loss",
     "unpatch_hf_clip",
     "unpatch_open_clip",
+    "unpatch_sentence_transformers",
     "use_backend",
     "warmup",
 ]
