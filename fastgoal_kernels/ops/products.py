@@ -19,6 +19,8 @@ _HALF_PRODUCT_TO_FLOAT = "dtype" in torch.ops.aten.mm.overloads() and torch.vers
 _ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
 )
+# Multiplications in a product from which on it is worth its start-up.
+_ONEDNN_WORK = 1 << 20
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -31,7 +33,24 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     if half and b.device.type == "cuda" and _HALF_PRODUCT_TO_FLOAT:
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
     dtype = score_dtype(b.dtype)
-    return a.to(dtype) @ b.to(dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    return _onednn_product(a, b) if _suits_onednn(a, b) else a @ b
+
+
+def _suits_onednn(a: Tensor, b: Tensor) -> bool:
+    # It copies a transposed first factor, and gains nothing where its start-up is all the work.
+    return (
+        _ONEDNN
+        and a.device.type == "cpu"
+        and a.dtype == torch.float32
+        and a.ndim == b.ndim == 2
+        and a.is_contiguous()
+        and a.shape[0] * a.shape[1] * b.shape[1] >= _ONEDNN_WORK
+    )
+
+
+def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
 
 
 def sum_of_products(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -39,6 +58,8 @@ def sum_of_products(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if total is None:
         return wide_product(a, b)
     if b.dtype == total.dtype == a.dtype:
+        if _suits_onednn(a, b):
+            return total.add_(_onednn_product(a, b))
         return total.addmm_(a, b)
     if _adds_to_float(total.device, b.dtype):
         return torch.addmm(total, a.to(b.dtype), b, out_dtype=torch.float32, out=total)
