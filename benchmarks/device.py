@@ -1,15 +1,16 @@
 """One command that measures this device: `python -m benchmarks.device`, under eight minutes.
 
     python -m benchmarks.device [--quick] [--out PATH] [--budget SECONDS] [--cpu]
-                                [--section maxsim | features] [--only TEXT]
+                                [--section maxsim | features | pooling | tokens] [--only TEXT]
 
-Device facts and measured ceilings, correctness spot checks, then two sections: MaxSim and its
-contrastive loss, and the contrastive losses of plain features; against plain PyTorch,
-torch.compile, the chunked torch backend and other people's packages. Parity is asserted before
-anything is timed; what fails or is missing becomes a row that says why, and so does a contender
-whose next larger call would take more than a second, judging by the one before it. On a CPU
-the sizes are small; those of --quick are tiny, show that the sweep works, and measure little else.
-`fastgoal bench` is the same sweep with a table and a picture.
+Device facts and measured ceilings, correctness spot checks, then four sections: MaxSim and its
+contrastive loss; the contrastive losses of plain features; the text-conditioned loss; and the token
+ops. All against plain PyTorch, torch.compile, the chunked torch backend and other people's packages
+or a restatement of what was published. Parity is asserted before anything is timed; what fails or
+is missing becomes a row that says why, and so does a contender whose next larger call would take
+more than a second, judging by the one before it. On a CPU the sizes are small; those of --quick are
+tiny, show that the sweep works, and measure little else. `fastgoal bench` is the same sweep with a
+table and a picture.
 
 The JSON it writes:
 
@@ -19,14 +20,19 @@ The JSON it writes:
     checks                     [{name, status (ok, wrong, unavailable, failed), error, reason}]
     rows                       one per workload and contender:
         op direction stage images texts text_tokens image_tokens dim dtype layout fill contender
-                               of MaxSim; of plain features: op stage batch dim dtype contender
+                               of MaxSim; of plain features: op stage batch dim dtype contender;
+                               of the text-conditioned loss: op negatives stage images
+                               captions_per_image tokens dim heads dtype contender; of token ops:
+                               op stage images tokens count dim dtype contender
         status                 ok | unavailable | wrong | out of memory | failed | skipped
         reason                 why, when it is not ok
-        parity                 largest relative error against float32: {scores | loss | gradients |
-                               parameters}, the last of the gradients of scale and bias
+        parity                 largest relative error: {scores | loss | output | choices | gradients
+                               | parameters}, the last of the gradients of scale, bias and pool;
+                               against float32, in the last two sections against float64
         median_ms low_ms high_ms best_ms repeats       with the 20th and 80th percentile
         extra_bytes            peak beyond the inputs and what the call returns
-        tflop_s share_of_gemm  useful FLOP; of MaxSim null when a backward is included
+        tflop_s share_of_gemm  useful FLOP; of MaxSim null when a backward is included, and always
+                               of token ops
 """
 
 from __future__ import annotations
@@ -36,20 +42,32 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import zip_longest
+from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
-from . import facts, feature_parity, feature_workloads, parity
+from . import (
+    facts,
+    feature_parity,
+    feature_workloads,
+    parity,
+    pooling_parity,
+    pooling_workloads,
+    token_parity,
+    token_workloads,
+)
 from .feature_peers import FEATURE_PEERS
 from .feature_workloads import FeatureInputs, FeatureWorkload
 from .measure import copies_past_l2, forward_backward, measure_memory, measure_time
 from .peers import Unavailable
+from .pooling_workloads import PoolingInputs, PoolingWorkload
+from .token_workloads import TokenWorkload
 from .workloads import (
     CONTENDERS,
     Inputs,
@@ -62,10 +80,9 @@ from .workloads import (
 )
 
 SCHEMA = 1
-SECTIONS = ("maxsim", "features")
 SLOWEST_CALL = 1.0  # seconds; a longer one is not worth what it takes of the eight minutes
 
-AnyWorkload = Workload | FeatureWorkload
+AnyWorkload = Workload | FeatureWorkload | PoolingWorkload | TokenWorkload
 
 # ---------------------------------------------------------------------------------------------
 # Ceilings
@@ -156,14 +173,62 @@ def try_features(
     )
 
 
+def try_pooling(
+    work: PoolingWorkload, contender: str, device: torch.device, seconds: float
+) -> Trial:
+    """One contender at one workload of the text-conditioned loss."""
+    inputs = pooling_workloads.make_inputs(work, device)
+    way = pooling_workloads.build(contender, work, inputs)
+    errors = pooling_parity.measure(work, way, inputs)
+
+    def step(own: PoolingInputs) -> Callable[[], Any]:
+        return lambda: forward_backward(lambda: way(own), own.leaves)
+
+    copies = copies_past_l2(inputs.leaves[:2], device)
+    # One pool for all: it is small, and a compiled function is compiled anew for another.
+    more = (
+        pooling_workloads.make_inputs(work, device)._replace(pool=inputs.pool)
+        for _ in range(copies - 1)
+    )
+    return Trial(
+        errors,
+        pooling_parity.limits(work, device),
+        [step(own) for own in (inputs, *more)],
+        pooling_workloads.useful_flop(work),
+        min_repeats=3,
+        seconds=seconds,
+    )
+
+
+def try_tokens(work: TokenWorkload, contender: str, device: torch.device, seconds: float) -> Trial:
+    """One contender at one workload of the token ops."""
+    inputs = token_workloads.make_inputs(work, device)
+    way = token_workloads.build(contender, work, inputs)
+    errors = token_parity.measure(work, way, inputs)
+    copies = copies_past_l2(inputs.leaves, device)
+    more = (token_workloads.make_inputs(work, device) for _ in range(copies - 1))
+    return Trial(
+        errors,
+        token_parity.limits(work, device),
+        [partial(way, own) for own in (inputs, *more)],
+        None,
+        min_repeats=5,
+        seconds=seconds,
+    )
+
+
 def measure_row(
     work: AnyWorkload, contender: str, device: torch.device, gemm_tflop_s: float, seconds: float
 ) -> dict[str, Any]:
     """One workload by one contender. Raises whatever the contender raises."""
-    if isinstance(work, FeatureWorkload):
-        trial = try_features(work, contender, device, seconds)
-    else:
+    if isinstance(work, Workload):
         trial = try_maxsim(work, contender, device, seconds)
+    elif isinstance(work, FeatureWorkload):
+        trial = try_features(work, contender, device, seconds)
+    elif isinstance(work, PoolingWorkload):
+        trial = try_pooling(work, contender, device, seconds)
+    else:
+        trial = try_tokens(work, contender, device, seconds)
     row: dict[str, Any] = {"parity": trial.errors}
     wrong = {key: error for key, error in trial.errors.items() if not error <= trial.limits[key]}
     if wrong:
@@ -267,15 +332,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--budget", type=float, default=450, help="seconds after which no row starts"
     )
     parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
-    parser.add_argument("--section", choices=SECTIONS, help="one of the two (default: both)")
+    parser.add_argument("--section", choices=SECTIONS, help="one of them (default: all)")
     parser.add_argument("--only", default="", help="contenders whose name contains this")
     return parser.parse_args(argv)
 
 
+class Section(NamedTuple):
+    """A part of the sweep that can be measured apart."""
+
+    sweep: Callable[[bool, bool], Sequence[AnyWorkload]]  # of cuda and quick
+    contenders: tuple[str, ...]
+    checks: Callable[[torch.device], list[dict[str, Any]]]
+
+
+SECTIONS = {
+    "maxsim": Section(sweep, CONTENDERS, parity.run_checks),
+    "features": Section(
+        feature_workloads.sweep, feature_workloads.CONTENDERS, feature_parity.run_checks
+    ),
+    "pooling": Section(
+        pooling_workloads.sweep, pooling_workloads.CONTENDERS, pooling_parity.run_checks
+    ),
+    "tokens": Section(token_workloads.sweep, token_workloads.CONTENDERS, token_parity.run_checks),
+}
+
+
+def sections(name: str | None) -> list[Section]:
+    """The one of this name, or all."""
+    return list(SECTIONS.values()) if name is None else [SECTIONS[name]]
+
+
 def contenders() -> list[str]:
-    """Those of both sections in turn, so that a spent budget hits both; last what is compiled."""
-    in_turn = zip_longest(CONTENDERS, feature_workloads.CONTENDERS)
-    names = dict.fromkeys(name for pair in in_turn for name in pair if name is not None)
+    """Those of all sections in turn, so that a spent budget hits all; last what is compiled."""
+    in_turn = zip_longest(*(section.contenders for section in SECTIONS.values()))
+    names = dict.fromkeys(name for name in chain.from_iterable(in_turn) if name is not None)
     return sorted(names, key=is_compiled)
 
 
@@ -291,6 +381,13 @@ def races_in(contender: str, work: AnyWorkload) -> bool:
             return False
         known = contender in feature_workloads.CONTENDERS
         return known and feature_workloads.takes_part(contender, work)
+    if isinstance(work, PoolingWorkload):
+        if is_compiled(contender) and not pooling_workloads.worth_compiling(work):
+            return False
+        return contender in pooling_workloads.CONTENDERS
+    if isinstance(work, TokenWorkload):
+        known = contender in token_workloads.CONTENDERS
+        return known and token_workloads.takes_part(contender, work)
     return contender in CONTENDERS and takes_part(contender, work)
 
 
@@ -303,11 +400,7 @@ def planned(
     On a CPU rivals follow each other, so that a busy machine, and a spent budget, hit all alike,
     and training steps come first; last what has to be compiled, which takes longest.
     """
-    works: list[AnyWorkload] = []
-    if section != "features":
-        works += sweep(cuda, quick)
-    if section != "maxsim":
-        works += feature_workloads.sweep(cuda, quick)
+    works = [work for part in sections(section) for work in part.sweep(cuda, quick)]
     names = [name for name in contenders() if only in name]
     rows = [(name, work) for name in names for work in works if races_in(name, work)]
     if not cuda:
@@ -338,7 +431,7 @@ def measure_sweep(
         command: what the document says of how it was made.
         budget: seconds after which no row starts.
         only: contenders whose name contains this.
-        section: one of `SECTIONS`; None: both.
+        section: one of `SECTIONS`; None: all.
         say: is told what goes on, in words.
         on_row: is told of every row, also of those that are skipped.
     """
@@ -350,8 +443,7 @@ def measure_sweep(
     say(f"{document['device']}\n{document['versions']}")
     document["ceilings"] = measure_ceilings(device, quick)
     say(f"ceilings: {document['ceilings']}")
-    document["checks"] = [] if section == "features" else parity.run_checks(device)
-    document["checks"] += [] if section == "maxsim" else feature_parity.run_checks(device)
+    document["checks"] = [check for part in sections(section) for check in part.checks(device)]
     for check in document["checks"]:
         say(f"check {check['name']}: {check['status']} {check['reason'] or check['error']}")
 

@@ -28,26 +28,22 @@ The JSON it writes:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from . import facts, feature_cpu_sections, feature_parity, parity
-from .feature_cpu_sections import OURS, Row
+from . import cpu_rows, feature_cpu_sections, feature_parity
+from .cpu_rows import CPU, Rival, Row, available_memory, require_right
+from .feature_cpu_sections import OURS
 from .feature_peers import FEATURE_PEERS
 from .feature_workloads import FeatureInputs, FeatureWorkload, build, make_inputs
-from .maxsim_cpu import available_memory
-from .measure import forward_backward, measure_in_turns, measure_memory
+from .measure import forward_backward, measure_memory
 from .peers import Unavailable
 
-CPU = torch.device("cpu")
 # Of the matrix of all logits in float32: the most that open_clip's losses hold at once, with a
 # little to spare. Who holds less than a matrix is not asked.
 LOGIT_COPIES = 6
@@ -75,10 +71,7 @@ def prepare(
     require_memory(contender, work)
     way = build(contender, work, inputs)
     errors = feature_parity.measure(work, way, inputs)
-    limits = feature_parity.limits(contender, work, CPU)
-    wrong = [f"{key} {error:.2g}" for key, error in errors.items() if not error <= limits[key]]
-    if wrong:
-        raise AssertionError(f"relative error of {', '.join(wrong)}")
+    require_right(errors, feature_parity.limits(contender, work, CPU))
     leaves = way.leaves(inputs)
 
     def step() -> Any:
@@ -87,50 +80,18 @@ def prepare(
     return step, {"parity": errors, "extra_bytes": measure_memory(step, CPU)}
 
 
-EMPTY_ROW = dict.fromkeys(
-    ("status", "reason", "parity", "extra_bytes", "median_ms", "low_ms", "high_ms", "best_ms",
-     "repeats")
-)  # fmt: skip
-
-
 def measure(entrants: list[tuple[str, FeatureWorkload]], rounds: int) -> list[Row]:
     """A row for each entrant. Raises when ours is wrong or fails; a rival is left out then."""
-    rows: list[Row] = []
-    steps: dict[str, Callable[[], Any]] = {}
     inputs = {work: make_inputs(work, CPU) for _, work in entrants}
-    for contender, work in entrants:
-        row: Row = {"contender": contender, **work.as_json(), **EMPTY_ROW}
-        try:
-            steps[f"{contender} {work.op}"], known = prepare(contender, work, inputs[work])
-            row.update(known, status="ok")
-        except Unavailable as error:
-            row.update(status="unavailable", reason=str(error))
-        except Exception as error:  # other people's code can fail in any way
-            if contender == OURS:
-                raise
-            status = "wrong" if isinstance(error, AssertionError) else "failed"
-            row.update(status=status, reason=parity.first_line(error))
-        rows.append(row)
-    timings = measure_in_turns(steps, rounds)
-    for row in rows:
-        if row["status"] == "ok":
-            row.update(asdict(timings[f"{row['contender']} {row['op']}"]))
-    return rows
-
-
-def show(rows: list[Row], console: Console) -> None:
-    """The table and its footer."""
-    head = feature_cpu_sections.HEAD
-    result = Table(title=f"{feature_cpu_sections.title(rows)}, {torch.get_num_threads()} threads")
-    for column in head:
-        result.add_column(column, justify="left" if column in ("", "loss") else "right")
-    for group in feature_cpu_sections.by_loss(rows).values():
-        for cells in feature_cpu_sections.table(group):
-            result.add_row(*cells)
-        result.add_section()
-    console.print(result)
-    for line in feature_cpu_sections.footer(rows):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    rivals = [
+        Rival(
+            {"contender": contender, **work.as_json()},
+            contender == OURS,
+            partial(prepare, contender, work, inputs[work]),
+        )
+        for contender, work in entrants
+    ]
+    return cpu_rows.measure(rivals, rounds)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,20 +105,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    console = Console(width=None if sys.stdout.isatty() else 170)
     rows = measure(feature_cpu_sections.entrants(arguments.size), arguments.rounds)
-    show(rows, console)
+    cpu_rows.show(
+        feature_cpu_sections.title(rows),
+        feature_cpu_sections.HEAD,
+        map(feature_cpu_sections.table, feature_cpu_sections.by_loss(rows).values()),
+        feature_cpu_sections.footer(rows),
+        cpu_rows.console(),
+        words=("", "loss"),
+    )
     if arguments.json:
         command = (
             f"python -m benchmarks.feature_cpu --size {arguments.size} "
             f"--rounds {arguments.rounds} --threads {arguments.threads}"
         )
-        document: dict[str, Any] = {
-            "schema": 1, "kind": "feature_cpu", **facts.provenance(command, CPU), "rows": rows,
-        }  # fmt: skip
-        document["versions"] |= {peer.package: peer.version() for peer in FEATURE_PEERS}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        versions = {peer.package: peer.version() for peer in FEATURE_PEERS}
+        cpu_rows.write(arguments.json, "feature_cpu", 1, command, rows, **versions)
     return 0
 
 

@@ -6,18 +6,17 @@ The yardstick of a row is its own inputs multiplied in float32, some rows at a t
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from fastgoal_kernels import clip_contrastive_loss, reference, sigmoid_contrastive_loss
-from fastgoal_kernels.backends import BackendError
 
 from .feature_baselines import Exact, exact_clip_loss, exact_sigmoid_loss
 from .feature_peers import CLIP, SIGMOID
 from .feature_workloads import FeatureInputs, FeatureWorkload, Way, make_inputs
-from .parity import first_line, relative_error
+from .parity import relative_error, try_check
 from .workloads import float32_products
 
 Limits = dict[str, float]
@@ -93,16 +92,8 @@ def spot_check(op: str, backend: str, device: torch.device) -> float:
 
 def run_checks(device: torch.device) -> list[dict[str, Any]]:
     """The spot checks of both backends; a fuller proof is the test suite, run on this device."""
-    checks = []
-    for backend in ("triton", "torch"):
-        for op in (CLIP, SIGMOID):
-            check: dict[str, Any] = {"name": f"{backend} {op}", "error": None, "reason": None}
-            try:
-                check["error"] = spot_check(op, backend, device)
-                check["status"] = "ok" if check["error"] < 1e-4 else "wrong"
-            except BackendError as error:
-                check["status"], check["reason"] = "unavailable", str(error)
-            except Exception as error:  # the sweep goes on and the result says what failed
-                check["status"], check["reason"] = "failed", first_line(error)
-            checks.append(check)
-    return checks
+    return [
+        try_check(f"{backend} {op}", partial(spot_check, op, backend, device))
+        for backend in ("triton", "torch")
+        for op in (CLIP, SIGMOID)
+    ]

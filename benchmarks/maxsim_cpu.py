@@ -29,39 +29,26 @@ The JSON it writes:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from . import cpu_sections, facts, parity
+from . import cpu_rows, cpu_sections, parity
 from .cpu_peers import CPU_PEERS, limit_native_threads
-from .cpu_sections import Entrant, Row, Section
-from .measure import forward_backward, measure_in_turns, measure_memory
+from .cpu_rows import CPU, Rival, Row, available_memory, require_right
+from .cpu_sections import Entrant, Section
+from .measure import forward_backward, measure_memory
 from .peers import Unavailable
-from .workloads import Inputs, Workload, build, float32_products, make_inputs
+from .workloads import Inputs, build, float32_products, make_inputs
 
-CPU = torch.device("cpu")
 NATIVE = {peer.name for peer in CPU_PEERS if peer.native}
 # Of the tensor of all similarities: the most that plain PyTorch holds at once (amax, both
 # directions, in the backward), with a little to spare.
 SIMILARITY_COPIES = 4.5
-
-
-def available_memory() -> float:
-    """Bytes that can be had without swapping, as far as the system says."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    return float("inf")
 
 
 def require_memory(entrant: Entrant) -> None:
@@ -78,9 +65,7 @@ def require_memory(entrant: Entrant) -> None:
 def check(entrant: Entrant, errors: dict[str, float]) -> None:
     """Raise AssertionError if a result is wrong, Unavailable if it is not what the row is about."""
     limits = parity.BF16_PRODUCTS if entrant.bfloat16 else parity.EXACT
-    wrong = [f"{key} {error:.2g}" for key, error in errors.items() if not error <= limits[key]]
-    if wrong:
-        raise AssertionError(f"relative error of {', '.join(wrong)}")
+    require_right(errors, limits)
     if entrant.bfloat16 and all(error < parity.FLOAT32 for error in errors.values()):
         raise Unavailable("it multiplies in float32 here even if it may use bfloat16")
 
@@ -109,53 +94,20 @@ def prepare(entrant: Entrant, inputs: Inputs) -> tuple[Callable[[], Any], Row]:
     return step, {"parity": errors, "extra_bytes": extra}
 
 
-EMPTY_ROW = dict.fromkeys(
-    ("status", "reason", "parity", "extra_bytes", "median_ms", "low_ms", "high_ms", "best_ms",
-     "repeats")
-)  # fmt: skip
-
-
 def measure(section: Section, rounds: int) -> list[Row]:
     """A row for each entrant. Raises when ours is wrong or fails; a rival is left out then."""
-    rows: list[Row] = []
-    steps: dict[str, Callable[[], Any]] = {}
-    inputs: dict[Workload, Inputs] = {}
-    for entrant in section.entrants:
-        work = entrant.work
-        if work not in inputs:
-            inputs[work] = make_inputs(work, CPU)
-        row: Row = {
-            "section": section.name, "contender": entrant.label, "bfloat16": entrant.bfloat16,
-            **work.as_json(), **EMPTY_ROW,
-        }  # fmt: skip
-        try:
-            steps[entrant.label], known = prepare(entrant, inputs[work])
-            row.update(known, status="ok")
-        except Unavailable as error:
-            row.update(status="unavailable", reason=str(error))
-        except Exception as error:  # other people's code can fail in any way
-            if entrant.ours:
-                raise
-            status = "wrong" if isinstance(error, AssertionError) else "failed"
-            row.update(status=status, reason=parity.first_line(error))
-        rows.append(row)
-    timings = measure_in_turns(steps, rounds)
-    for row in rows:
-        if row["contender"] in timings:
-            row.update(asdict(timings[row["contender"]]))
-    return rows
+    works = dict.fromkeys(entrant.work for entrant in section.entrants)
+    inputs = {work: make_inputs(work, CPU) for work in works}
 
+    def known(entrant: Entrant) -> Row:
+        label = {"section": section.name, "contender": entrant.label}
+        return {**label, "bfloat16": entrant.bfloat16, **entrant.work.as_json()}
 
-def show(rows: list[Row], console: Console) -> None:
-    """The table of one section and its footer."""
-    result = Table(title=f"{cpu_sections.title(rows)}, {torch.get_num_threads()} threads")
-    for column in cpu_sections.HEAD:
-        result.add_column(column, justify="right" if column else "left")
-    for cells in cpu_sections.table(rows):
-        result.add_row(*cells)
-    console.print(result)
-    for line in cpu_sections.footer(rows):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    rivals = [
+        Rival(known(entrant), entrant.ours, partial(prepare, entrant, inputs[entrant.work]))
+        for entrant in section.entrants
+    ]
+    return cpu_rows.measure(rivals, rounds)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,22 +122,24 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     limit_native_threads(arguments.threads)
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = cpu_rows.console()
     rows: list[Row] = []
     for section in cpu_sections.sections(arguments.size):
         measured = measure(section, arguments.rounds)
-        show(measured, console)
+        cpu_rows.show(
+            cpu_sections.title(measured),
+            cpu_sections.HEAD,
+            [cpu_sections.table(measured)],
+            cpu_sections.footer(measured),
+            console,
+        )
         rows += measured
     if arguments.json:
         command = (
             f"python -m benchmarks.maxsim_cpu --size {arguments.size} "
             f"--rounds {arguments.rounds} --threads {arguments.threads}"
         )
-        document = {
-            "schema": 2, "kind": "maxsim_cpu", **facts.provenance(command, CPU), "rows": rows,
-        }  # fmt: skip
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        cpu_rows.write(arguments.json, "maxsim_cpu", 2, command, rows)
     return 0
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fastgoal_kernels.backends import BackendError
 
 from . import baselines
 from .baselines import Scores
+from .peers import Unavailable
 from .workloads import LOGIT_SCALE, Inputs, Workload, float32_products, make_inputs
 
 # Relative errors allowed before timing. Everyone multiplies the same rounded tokens and sums in
@@ -70,21 +71,26 @@ def spot_check(backend: str, device: torch.device, layout: str) -> float:
     return max(relative_error(value, exact) for value, exact in pairs)
 
 
+def try_check(name: str, error_of: Callable[[], float]) -> dict[str, Any]:
+    """A spot check that goes on whatever happens, and says what did."""
+    check: dict[str, Any] = {"name": name, "error": None, "reason": None}
+    try:
+        check["error"] = error_of()
+        check["status"] = "ok" if check["error"] < 1e-4 else "wrong"
+    except (BackendError, Unavailable) as error:
+        check["status"], check["reason"] = "unavailable", str(error)
+    except Exception as error:  # the sweep goes on and the result says what failed
+        check["status"], check["reason"] = "failed", first_line(error)
+    return check
+
+
 def run_checks(device: torch.device) -> list[dict[str, Any]]:
     """The spot checks of both backends; a fuller proof is the test suite, run on this device."""
-    checks = []
-    for backend in ("triton", "torch"):
-        for layout in ("full", "padded", "packed"):
-            check: dict[str, Any] = {"name": f"{backend} {layout}", "error": None, "reason": None}
-            try:
-                check["error"] = spot_check(backend, device, layout)
-                check["status"] = "ok" if check["error"] < 1e-4 else "wrong"
-            except BackendError as error:
-                check["status"], check["reason"] = "unavailable", str(error)
-            except Exception as error:  # the sweep goes on and the result says what failed
-                check["status"], check["reason"] = "failed", first_line(error)
-            checks.append(check)
-    return checks
+    return [
+        try_check(f"{backend} {layout}", partial(spot_check, backend, device, layout))
+        for backend in ("triton", "torch")
+        for layout in ("full", "padded", "packed")
+    ]
 
 
 @lru_cache(maxsize=4)

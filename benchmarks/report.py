@@ -15,21 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import cpu_sections, feature_cpu_sections
+from . import (
+    cpu_sections,
+    feature_cpu_sections,
+    pooling_workloads,
+    text_conditioned_cpu_sections,
+    token_workloads,
+)
 from .facts import ROOT
 from .feature_peers import CLIP, SIGMOID
 from .feature_workloads import CONTENDERS as FEATURE_CONTENDERS
 from .feature_workloads import PROMISED
 from .peers import PEERS
+from .pooling_workloads import ALL, SAMPLE
+from .token_workloads import FARTHEST, SIMILARITY
 
 Row = dict[str, Any]
 Document = dict[str, Any]
 
 WORK = ("op", "direction", "stage", "images", "texts", "text_tokens", "image_tokens", "dim",
-        "dtype", "layout", "fill", "batch")  # fmt: skip
+        "dtype", "layout", "fill", "batch", "negatives", "captions_per_image", "tokens", "heads",
+        "count")  # fmt: skip
 PEER_NAMES = tuple(peer.name for peer in PEERS)
 EAGER = ("eager amax", "eager max")
 FEATURE_RIVALS = tuple(name for name in FEATURE_CONTENDERS if not name.startswith("fastgoal "))
+
+
+KINDS = ("device", "maxsim_cpu", "feature_cpu", "text_conditioned_cpu")
 
 
 def load(folder: Path) -> list[Document]:
@@ -37,7 +49,7 @@ def load(folder: Path) -> list[Document]:
     documents = []
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
-        if document.get("kind") in ("device", "maxsim_cpu", "feature_cpu"):
+        if document.get("kind") in KINDS:
             documents.append({**document, "stem": path.stem})
     return documents
 
@@ -165,6 +177,62 @@ def feature_promises(rows: Iterable[Row]) -> list[Promise]:
     return found
 
 
+def pooling_promises(rows: Iterable[Row]) -> list[Promise]:
+    """The same of the text-conditioned loss."""
+    results = Results(rows)
+    ours, published = "fastgoal triton", pooling_workloads.PUBLISHED
+    vectorised = (pooling_workloads.EAGER, pooling_workloads.COMPILED)
+
+    def found(key: str, contender: str, negatives: str, images: int, captions: int):
+        work = {"op": pooling_workloads.OP, "stage": "forward+backward", "negatives": negatives}
+        return results.value(key, contender, images=images, captions_per_image=captions, **work)
+
+    promised, large = pooling_workloads.PROMISED, pooling_workloads.LARGE
+    work = {"op": pooling_workloads.OP, "negatives": SAMPLE, "images": promised[0]}
+    size = "{} images, K {}, 64 tokens, D 512".format(*promised)
+    sampled_ms, all_ms = (
+        found("median_ms", ours, negatives, *promised) for negatives in (SAMPLE, ALL)
+    )
+    sampled_bytes, all_bytes = (
+        found("extra_bytes", ours, negatives, *promised) for negatives in (SAMPLE, ALL)
+    )
+    published_bytes = found("extra_bytes", published, SAMPLE, *promised)
+    large_bytes = found("extra_bytes", ours, ALL, *large)
+    name = "text-conditioned loss, forward+backward"
+    return [
+        Promise(f"{name}, sampled negatives, {size}: against the published form", 5, True,
+                ratio(found("median_ms", published, SAMPLE, *promised), sampled_ms), "× faster"),
+        Promise("… share of its extra memory", 1 / 12, False,
+                ratio(sampled_bytes, published_bytes), ""),
+        Promise(f"{name}, all negatives, same size: share of the extra memory of the published "
+                "form with sampled ones", 1, False, ratio(all_bytes, published_bytes), ""),
+        Promise("… time of a vectorised loss with sampled ones", 2.5, False,
+                ratio(all_ms, results.best(vectorised, **work))),
+        Promise(f"{name}, all negatives, {large[0]:,} × {large[0] * large[1]:,}", 250, False,
+                found("median_ms", ours, ALL, *large), "ms"),
+        Promise("… extra memory", 6000, False,
+                None if large_bytes is None else large_bytes / 1e6, "MB"),
+    ]  # fmt: skip
+
+
+def token_promises(rows: Iterable[Row]) -> list[Promise]:
+    """The same of the token ops."""
+    results = Results(rows)
+
+    def found(contender: str, op: str):
+        return results.value("median_ms", contender, op=op, images=256)
+
+    ours = "fastgoal triton"
+    points, gram = found(ours, FARTHEST), found(token_workloads.GRAM, FARTHEST)
+    return [
+        Promise("farthest_point_sampling, 256 × 197 → 65, D 768", 0.6, False, points, "ms"),
+        Promise("… against a batched loop on a Gram matrix", 5, True, ratio(gram, points),
+                "× faster"),
+        Promise(f"{SIMILARITY}, forward+backward, 256 images", 0.3, False,
+                found(ours, SIMILARITY), "ms"),
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------
@@ -178,6 +246,10 @@ def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def describe(row: Row) -> str:
+    if "negatives" in row:
+        return pooling_workloads.describe(row)
+    if "count" in row:
+        return token_workloads.describe(row)
     if "batch" in row:  # plain features, one an image and one a caption
         size = f"B {row['batch']:,}, D {row['dim']}, {row['dtype']}"
         return f"{row['op']}, {row['stage']}: {size}"
@@ -345,6 +417,24 @@ def feature_cpu_section(document: Document, plot: str | None) -> str:
     return "\n".join(parts)
 
 
+def text_conditioned_cpu_section(document: Document, plot: str | None) -> str:
+    sections, rows = text_conditioned_cpu_sections, document["rows"]
+    parts = [
+        f"### Text-conditioned loss: {rows[0]['images']} images, {rows[0]['captions_per_image']} "
+        f"captions each, {document['device']['threads']} threads\n",
+        provenance(document),
+    ]
+    if plot:
+        parts.append(f"![time and memory]({plot})\n")
+    parts.append(f"**{sections.title(rows)}**\n")
+    cells = [row for group in sections.tables(rows) for row in group]
+    parts.append(markdown_table(sections.HEAD, cells))
+    footer = [f"- {line}" for line in sections.footer(rows)]
+    if footer:
+        parts.append("\n".join(footer) + "\n")
+    return "\n".join(parts)
+
+
 def page(documents: list[Document], plots: dict[str, str]) -> str:
     """The whole of docs/benchmarks.md."""
     gpus = [d for d in documents if d["kind"] == "device" and d["device"]["type"] == "cuda"]
@@ -366,7 +456,8 @@ def page(documents: list[Document], plots: dict[str, str]) -> str:
     for document in gpus or [{"rows": [], "device": {"name": ""}}]:
         if document["device"]["name"]:
             parts.append(f"Measured on {document['device']['name']}:\n")
-        promised = promises(document["rows"]) + feature_promises(document["rows"])
+        kinds = (promises, feature_promises, pooling_promises, token_promises)
+        promised = (promise for kind in kinds for promise in kind(document["rows"]))
         cells = (promise.cells() for promise in promised)
         parts.append(markdown_table(["", "promised", "measured", "holds"], cells))
     parts += [device_section(document, plots.get(document["stem"])) for document in gpus]
@@ -383,6 +474,13 @@ def page(documents: list[Document], plots: dict[str, str]) -> str:
     if not features:
         parts.append("Losses of plain features, not yet measured: "
                      "`python -m benchmarks.feature_cpu`.\n")  # fmt: skip
+    pooling = [document for document in documents if document["kind"] == "text_conditioned_cpu"]
+    parts += [
+        text_conditioned_cpu_section(document, plots.get(document["stem"])) for document in pooling
+    ]
+    if not pooling:
+        parts.append("Text-conditioned loss, not yet measured: "
+                     "`python -m benchmarks.text_conditioned_cpu`.\n")  # fmt: skip
     parts += [device_section(document, plots.get(document["stem"])) for document in cpus]
     return "\n".join(parts)
 
@@ -406,7 +504,11 @@ def panels(document: Document) -> list[Panel]:
         races_run = list(cpu_sections.by_section(rows).values())
         titles = [cpu_sections.title(race) for race in races_run]
     else:
-        races_run = list(feature_cpu_sections.by_loss(rows).values())
+        group = {
+            "feature_cpu": feature_cpu_sections.by_loss,
+            "text_conditioned_cpu": text_conditioned_cpu_sections.by_negatives,
+        }[document["kind"]]
+        races_run = list(group(rows).values())
         titles = [describe(race[0]) for race in races_run]
     found = []
     for title, race in zip(titles, races_run, strict=True):

@@ -25,6 +25,14 @@ TRITON_OPS = frozenset(
         "maxsim_contrastive_loss",
         "clip_contrastive_loss",
         "sigmoid_contrastive_loss",
+        "text_conditioned_scores",
+        "text_conditioned_sigmoid_loss",
+        "text_conditioned_topk",
+        "farthest_point_sampling",
+        "soft_cluster_pool",
+        "region_mean",
+        "span_mean",
+        "token_similarity_loss",
     }
 )
 

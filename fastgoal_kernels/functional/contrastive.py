@@ -18,6 +18,7 @@ from ..checks import (
     shape_of,
 )
 from ..ops import feature_loss
+from ..ops.autograd_rules import wants_gradient
 from .precision import as_scalar, of_one_dtype, without_autocast
 
 
@@ -151,15 +152,6 @@ def row_cross_entropy(
     return _without_gradient(loss, bias)
 
 
-def _wants_gradient(x: Tensor) -> bool:
-    """Whether a backward may come for it."""
-    if not torch.is_grad_enabled() or x.requires_grad:
-        return torch.is_grad_enabled()
-    # Inside torch.vmap a tensor does not know what is wanted of it outside. Not every torch.compile
-    # can trace the question.
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x)
-
-
 def sigmoid_contrastive_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -226,7 +218,7 @@ def sigmoid_contrastive_loss(
                 average_over=average_over,
             )  # fmt: skip
     inputs = (image_features, text_features, scale, bias)
-    wanted = [_wants_gradient(x) for x in inputs]
+    wanted = [wants_gradient(x) for x in inputs]
     total, *_ = feature_loss.sigmoid_loss(
         *inputs, pair_mask, 0 if negative_only else captions_per_image, normalize, chosen, *wanted
     )

@@ -27,6 +27,8 @@ from ..checks import (
     shape_of,
 )
 from ..ops import text_conditioned as ops
+from ..ops.autograd_rules import wants_gradient
+from ..ops.text_conditioned_loss import text_conditioned_loss
 from ..reference import PoolWeights, l2_normalize, score_dtype
 from .precision import as_scalar, of_one_dtype, without_autocast
 
@@ -93,19 +95,30 @@ def _check(
     )
 
 
+def _runs_in(text_features: Tensor, backend: str) -> torch.dtype:
+    """The dtype of the products.
+
+    The input's on CUDA and in Triton, accumulating in float32; elsewhere half precision is widened
+    first, where it is slower and less exact.
+    """
+    if backend == "triton" or text_features.device.type == "cuda":
+        return text_features.dtype
+    return score_dtype(text_features.dtype)
+
+
 def _projected(
     image_tokens: Tensor,
     text_features: Tensor,
     weights: PoolWeights,
     image_mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, unit texts and the output projection: what the operators take.
+    """q, k, v, unit texts and the output projection: what the operators of the scores take.
 
-    Products run in the input dtype on CUDA, accumulating in float32; elsewhere half precision is
-    widened first, where it is slower and less exact. Norms are always float32 or wider.
+    Norms are always float32 or wider.
     """
     wide = score_dtype(text_features.dtype)
-    dtype = text_features.dtype if text_features.device.type == "cuda" else wide
+    dtype = _runs_in(text_features, backend)
     dim = text_features.shape[1]
     w_q, w_k, w_v = weights.in_proj_weight.chunk(3)
     b_q, b_k, b_v = weights.in_proj_bias.chunk(3)
@@ -121,6 +134,35 @@ def _projected(
         project(texts, weights.ln_q_weight, weights.ln_q_bias, w_q, b_q),
         project(tokens, weights.ln_k_weight, weights.ln_k_bias, w_k, b_k),
         project(tokens, weights.ln_v_weight, weights.ln_v_bias, w_v, b_v),
+        l2_normalize(texts),
+        weights.out_proj_weight,
+        weights.out_proj_bias,
+    )
+
+
+def _folded(
+    image_tokens: Tensor,
+    text_features: Tensor,
+    weights: PoolWeights,
+    image_mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """What the operator of the loss takes before the logits' scale and bias."""
+    wide = score_dtype(text_features.dtype)
+    weights = PoolWeights(*(x.to(wide) for x in weights))
+    dim = text_features.shape[1]
+    w_q, w_k, w_v = weights.in_proj_weight.chunk(3)
+    b_q, b_k, b_v = weights.in_proj_bias.chunk(3)
+    tokens, texts = image_tokens.to(wide), text_features.to(wide)
+    if image_mask is not None:
+        tokens = tokens.masked_fill(~image_mask[..., None], 0)
+    queries = F.layer_norm(texts, (dim,), weights.ln_q_weight, weights.ln_q_bias, eps=1e-5)
+    return (
+        F.linear(queries, w_q, b_q),
+        tokens,
+        w_k * weights.ln_k_weight,
+        w_k @ weights.ln_k_bias + b_k,
+        w_v * weights.ln_v_weight,
+        w_v @ weights.ln_v_bias + b_v,
         l2_normalize(texts),
         weights.out_proj_weight,
         weights.out_proj_bias,
@@ -159,7 +201,7 @@ def text_conditioned_scores(
         add_zero_attn: as in `torch.nn.MultiheadAttention`.
         image_mask: (I, L) bool, True = a real token.
         text_index: (I, P) integers: the captions to score with each image; default: all.
-        backend: "torch" or "reference"; default: the best that serves the inputs.
+        backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
         (I, J), or (I, P) with `text_index`: float32, or float64 for float64 input.
@@ -184,10 +226,11 @@ def text_conditioned_scores(
                 image_tokens, text_features, weights, num_heads, add_zero_attn=add_zero_attn,
                 image_mask=image_mask, text_index=text_index,
             )  # fmt: skip
-        projected = _projected(image_tokens, text_features, weights, image_mask)
-        return ops.text_conditioned_scores(
-            *projected, image_mask, text_index, num_heads, add_zero_attn
+        projected = _projected(image_tokens, text_features, weights, image_mask, chosen)
+        scores, _ = ops.text_conditioned_scores(
+            *projected, image_mask, text_index, num_heads, add_zero_attn, chosen
         )
+        return scores
 
 
 def text_conditioned_loss_from_weights(
@@ -258,16 +301,25 @@ def text_conditioned_loss_from_weights(
             text_index = reference.text_conditioned_columns(
                 num_images, captions_per_image, negative_offsets.clamp(0, captions_per_image - 1)
             )
-        scores = ops.text_conditioned_scores(
-            *_projected(image_tokens, text_features, weights, image_mask),
-            image_mask, text_index, num_heads, add_zero_attn,
-        )  # fmt: skip
-        image = torch.arange(num_images, device=scores.device)[:, None]
-        if text_index is None:
-            text_index = torch.arange(num_texts, device=scores.device)
-        positive = (text_index // captions_per_image == image) & (not negative_only)
-        total = reference.sigmoid_loss(scale * scores + bias, positive, None)
-        return total / max(scores.shape[1], 1)
+        columns = num_texts if text_index is None else text_index.shape[1]
+        if chosen == "torch" and _runs_in(text_features, chosen) == scale.dtype:
+            inputs = *_folded(image_tokens, text_features, weights, image_mask), scale, bias
+            total, *_ = text_conditioned_loss(
+                *inputs, image_mask, text_index, num_heads, add_zero_attn,
+                0 if negative_only else captions_per_image,
+                [wants_gradient(x) for x in inputs],
+            )  # fmt: skip
+        else:  # in Triton, and in half precision on a GPU
+            scores, _ = ops.text_conditioned_scores(
+                *_projected(image_tokens, text_features, weights, image_mask, chosen),
+                image_mask, text_index, num_heads, add_zero_attn, chosen,
+            )  # fmt: skip
+            image = torch.arange(num_images, device=scores.device)[:, None]
+            if text_index is None:
+                text_index = torch.arange(num_texts, device=scores.device)
+            positive = (text_index // captions_per_image == image) & (not negative_only)
+            total = reference.sigmoid_loss(scale * scores + bias, positive, None)
+        return total / max(columns, 1)
 
 
 def text_conditioned_sigmoid_loss(
@@ -314,7 +366,7 @@ def text_conditioned_sigmoid_loss(
             then meets the columns that rank drew for its own image i, as the published ring does.
         image_mask: (N, L) bool, True = a real token.
         generator: draws the offsets; on the device of the tokens.
-        backend: "torch" or "reference"; default: the best that serves the inputs.
+        backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
         The loss, 0-dim float32 (float64 for float64 input); 0 for an empty batch.
@@ -353,7 +405,7 @@ def text_conditioned_topk(
         text_features: (J, D).
         k: at least 1; cut to the number of captions, or of images.
         image_mask: (I, L) bool, True = a real token.
-        backend: "torch" or "reference"; default: the best that serves the inputs.
+        backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
         ((values, indices) of each image, both (I, k); (values, indices) of each caption, (J, k)):
@@ -380,7 +432,7 @@ def text_conditioned_topk(
                 k,
             )  # fmt: skip
         values, indices, text_values, text_indices = ops.text_conditioned_topk(
-            *_projected(image_tokens, text_features, weights, image_mask),
-            image_mask, attn.num_heads, attn.add_zero_attn, k,
+            *_projected(image_tokens, text_features, weights, image_mask, chosen),
+            image_mask, attn.num_heads, attn.add_zero_attn, chosen, k,
         )  # fmt: skip
     return (values, indices), (text_values, text_indices)

@@ -18,7 +18,10 @@ from ..checks import (
     shape_of,
     values_are_checked,
 )
+from ..ops.cluster_pool import cluster_pool
 from ..ops.farthest_points import farthest_points
+from ..ops.token_means import token_means
+from ..ops.token_similarity import token_similarity
 from ..reference import l2_normalize, score_dtype
 from .precision import in_autocast_dtype, of_one_dtype, without_autocast
 
@@ -147,7 +150,7 @@ def region_mean(
         grid_size: (h, w) patches.
         model_size: S, the side of the square model input in pixels.
         box_image: (M,) integers, the image of each box; default: box m lies on image m.
-        backend: "torch" or "reference"; default: the best that serves the inputs.
+        backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
         (M, D) means in the dtype of `tokens`.
@@ -180,12 +183,15 @@ def region_mean(
     _check_box_values(boxes, image_sizes)
     tokens = in_autocast_dtype(tokens)
     with without_autocast(tokens):
-        if choose_backend("region_mean", backend, tokens) == "reference":
+        chosen = choose_backend("region_mean", backend, tokens)
+        if chosen == "reference":
             return reference.region_mean(
                 tokens, boxes, image_sizes, grid_size, model_size, box_image=owner
             )
         image = owner.long().clamp(0, max(tokens.shape[0] - 1, 0))
         c1, c2, r1, r2 = _region_ranges(boxes, image_sizes[image], grid_size, model_size)
+        if chosen == "triton":
+            return token_means(tokens, image, torch.stack([c1, c2, r1, r2], dim=1), width)
         column = torch.arange(width, device=tokens.device)
         row = torch.arange(height, device=tokens.device)
         in_columns = (column >= c1[:, None]) & (column < c2[:, None])
@@ -213,7 +219,7 @@ def span_mean(
         spans: (M, 2) integers: first token and the one after the last.
         span_text: (M,) integers, the text of each span; default: span m lies in text m.
         lengths: (N,) integers, the tokens of each text; default: T.
-        backend: "torch" or "reference"; default: the best that serves the inputs.
+        backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
         (M, D) means in the dtype of `tokens`.
@@ -244,7 +250,8 @@ def span_mean(
             )
     tokens = in_autocast_dtype(tokens)
     with without_autocast(tokens):
-        if choose_backend("span_mean", backend, tokens) == "reference":
+        chosen = choose_backend("span_mean", backend, tokens)
+        if chosen == "reference":
             return reference.span_mean(tokens, spans, span_text=owner, lengths=lengths)
         text = owner.long().clamp(0, max(num_texts - 1, 0))
         start, end = spans.long().clamp(0, context).unbind(1)
@@ -252,6 +259,10 @@ def span_mean(
         empty = end <= start
         end = torch.where(empty, length, end)
         start = torch.where(empty, length - 1, start)
+        if chosen == "triton":  # a grid one column wide
+            column = torch.zeros_like(start)
+            rectangles = torch.stack([column, column + 1, start, end], dim=1)
+            return token_means(tokens, text, rectangles, 1)
         position = torch.arange(context, device=tokens.device)
         inside = (position >= start[:, None]) & (position < end[:, None])
         return _mean_of_rows(tokens, text, inside, start)
@@ -271,8 +282,8 @@ def token_similarity_loss(
         pooled: (N, D) floating point: means of the region's patches (or of the sentence's words),
             after the tower's own norm and projection.
         local: (N, D): the features of the crop (or the sentence) itself.
-        mode: "diagonal" or "matrix".
-        backend: "torch" or "reference"; default: the best that serves the inputs.
+        mode: "diagonal" or "matrix"; the second is the definition's plain PyTorch on any backend.
+        backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
         The loss, 0-dim float32 (float64 for float64 input). Of an empty batch it is NaN, like
@@ -294,6 +305,8 @@ def token_similarity_loss(
     pooled, local = of_one_dtype(pooled, local)
     chosen = choose_backend("token_similarity_loss", backend, pooled, local)
     with without_autocast(pooled):
+        if chosen == "triton" and mode == "diagonal":
+            return token_similarity(pooled, local)[0]
         if chosen == "torch" and mode == "diagonal":  # without the (N, N) cosines nobody reads
             dtype = score_dtype(pooled.dtype)
             cosine = (l2_normalize(pooled.to(dtype)) * l2_normalize(local.to(dtype))).sum(dim=1)
@@ -314,14 +327,15 @@ def farthest_point_sampling(
     The first index is `start`; each next one is the point with the largest squared Euclidean
     distance to those chosen so far, the lowest index on ties. Distances are direct differences in
     float32 (float64 for float64 points): a Gram matrix loses near-duplicates. Masked points are
-    never chosen while others remain; when none remain, `start` repeats. Not differentiable.
+    never chosen while others remain; when none remain, `start` repeats. Of distances that are NaN
+    the first counts as the largest, as `argmax` has it. Not differentiable.
 
     Args:
         points: (N, L, D) floating point.
         num_samples: how many to choose, at least 1; may exceed L.
         start: the index of the first, in [0, L), masked or not.
         mask: (N, L) bool, True = a real point.
-        backend: "torch" or "reference"; default: the best that serves the inputs.
+        backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
         (N, num_samples) int64 indices.
@@ -342,9 +356,10 @@ def farthest_point_sampling(
         check_mask("mask", mask, "points (batch, points)", tuple(points.shape[:2]))
         check_same_device("points", points, mask=mask)
     points = points.detach()
-    if choose_backend("farthest_point_sampling", backend, points) == "reference":
+    chosen = choose_backend("farthest_point_sampling", backend, points)
+    if chosen == "reference":
         return reference.farthest_point_sampling(points, num_samples, start=start, mask=mask)
-    return farthest_points(points, num_samples, start, mask)
+    return farthest_points(points, num_samples, start, mask, chosen)
 
 
 def soft_cluster_pool(
@@ -358,7 +373,7 @@ def soft_cluster_pool(
     Args:
         tokens: (N, L, D) floating point.
         assign_logits: (N, L, M) floating point.
-        backend: "torch" or "reference"; default: the best that serves the inputs.
+        backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
         (N, M, D) in the dtype of `tokens`.
@@ -377,6 +392,8 @@ def soft_cluster_pool(
     check_same_device("tokens", tokens, assign_logits=assign_logits)
     tokens = in_autocast_dtype(tokens)
     # The definition is already vectorised and holds nothing large: it serves as the torch backend.
-    choose_backend("soft_cluster_pool", backend, tokens, assign_logits)
+    chosen = choose_backend("soft_cluster_pool", backend, tokens, assign_logits)
     with without_autocast(tokens):
+        if chosen == "triton":
+            return cluster_pool(tokens, assign_logits)[0]
         return reference.soft_cluster_pool(tokens, assign_logits)

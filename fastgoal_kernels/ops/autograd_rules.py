@@ -65,3 +65,12 @@ def _refuse_transforms(op: CustomOpDef) -> None:
 
     for key in _DISPATCH_KEYS:
         _LIBRARY.impl(op._opoverload, autograd, key, with_keyset=True)
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether a backward may come for it."""
+    if not torch.is_grad_enabled() or x.requires_grad:
+        return torch.is_grad_enabled()
+    # Inside torch.vmap a tensor does not know what is wanted of it outside. Not every torch.compile
+    # can trace the question.
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x)

@@ -1,41 +1,41 @@
 """Farthest point sampling as a custom operator, so that a graph holds one node, not one a sample.
 
-    fastgoal::farthest_points  (points, num_samples, start, mask) -> indices
+    fastgoal::farthest_points  (points, num_samples, start, mask, backend) -> indices
 
 No gradient: the output is indices. The definition is `reference.farthest_point_sampling`; the
-greedy loop runs over the samples, each step on the whole batch.
+engines are `farthest_points_triton`, the whole greedy loop in one launch, and
+`farthest_points_torch`, one step on the whole batch after the other.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from ..reference import score_dtype
+from .context import on_device_of
+
+
+def _engine(backend: str) -> ModuleType:
+    if backend == "triton":
+        from . import farthest_points_triton  # Triton exists on Linux only, and imports slowly
+
+        return farthest_points_triton
+    from . import farthest_points_torch
+
+    return farthest_points_torch
 
 
 @torch.library.custom_op("fastgoal::farthest_points", mutates_args=())
-def farthest_points(points: Tensor, num_samples: int, start: int, mask: Tensor | None) -> Tensor:
+def farthest_points(
+    points: Tensor, num_samples: int, start: int, mask: Tensor | None, backend: str
+) -> Tensor:
     """(N, num_samples) int64 indices into points (N, L, D)."""
-    wide = points.to(score_dtype(points.dtype))
-    batch = torch.arange(len(wide), device=wide.device)
-    indices = torch.full((len(wide), num_samples), start, dtype=torch.long, device=wide.device)
-    taken = torch.zeros(wide.shape[:2], dtype=torch.bool, device=wide.device)
-    if mask is not None:
-        taken |= ~mask  # masked and taken points together: when they are all, none is left
-    distance = torch.full(wide.shape[:2], torch.inf, dtype=wide.dtype, device=wide.device)
-    difference = torch.empty_like(wide, memory_format=torch.contiguous_format)
-    chosen = indices[:, 0]
-    for sample in range(1, num_samples):
-        taken.scatter_(1, chosen[:, None], True)
-        torch.sub(wide, wide[batch, chosen][:, None], out=difference)
-        distance = torch.minimum(distance, difference.square_().sum(dim=2))
-        candidate = distance if mask is None else distance.masked_fill(~mask, -1)
-        chosen = torch.where(taken.all(dim=1), start, candidate.argmax(dim=1))
-        indices[:, sample] = chosen
-    return indices
+    with on_device_of(points):
+        return _engine(backend).sample(points, num_samples, start, mask)
 
 
 @farthest_points.register_fake
-def _(points, num_samples, start, mask):
+def _(points, num_samples, start, mask, backend):
     return points.new_empty((points.shape[0], num_samples), dtype=torch.long)

@@ -9,6 +9,9 @@ not depend on the pair, so they are made once, in plain differentiable PyTorch. 
 depend on it (attention weights, output projection, cosine) and is never held for all pairs.
 The definition is `reference.text_conditioned_scores`.
 
+The Triton engine keeps |o_ij| beside the scores for its backward, so that o is not made twice more;
+the torch engine, whose backward makes o again anyway, leaves `norms` without elements.
+
 Shapes: q (J, D), k and v (I, L, D), text (J, D) of unit length (or zero), out_weight (D, D),
 out_bias (D,), image_mask (I, L) bool, text_index (I, P) int64 or None for every caption.
 """
@@ -16,13 +19,24 @@ out_bias (D,), image_mask (I, L) bool, text_index (I, P) int64 or None for every
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..reference import score_dtype
-from . import text_conditioned_torch as engine
 from .autograd_rules import register_first_derivative
+from .context import on_device_of
+from .text_conditioned_pool import Need, Pool
+
+
+def _engine(backend: str) -> ModuleType:
+    """Imported where it is used: Triton does not exist everywhere."""
+    if backend == "triton":
+        from . import text_conditioned_triton as engine
+    else:
+        from . import text_conditioned_torch as engine
+    return engine
 
 
 @torch.library.custom_op("fastgoal::text_conditioned_scores", mutates_args=())
@@ -37,25 +51,29 @@ def text_conditioned_scores(
     text_index: Tensor | None,
     num_heads: int,
     add_zero_attn: bool,
-) -> Tensor:
-    """Scores (I, J), or (I, P) of the captions that text_index names."""
-    # Autocast reaches into custom operators, and into their backward where that is called under it.
-    with torch.autocast(q.device.type, enabled=False):
-        pool = engine.Pool(
-            q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn
-        )
-        return engine.forward(pool, text_index)
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(scores, norms), each (I, J), or (I, P) of the captions that text_index names."""
+    with on_device_of(q):
+        pool = Pool(q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn)
+        return _engine(backend).forward(pool, text_index)
 
 
 @text_conditioned_scores.register_fake
-def _(q, k, v, text, out_weight, out_bias, image_mask, text_index, num_heads, add_zero_attn):
-    columns = q.shape[0] if text_index is None else text_index.shape[1]
-    return q.new_empty((k.shape[0], columns), dtype=score_dtype(q.dtype))
+def _(
+    q, k, v, text, out_weight, out_bias, image_mask, text_index, num_heads, add_zero_attn, backend
+):  # fmt: skip
+    shape = (k.shape[0], q.shape[0] if text_index is None else text_index.shape[1])
+    dtype = score_dtype(q.dtype)
+    scores = q.new_empty(shape, dtype=dtype)
+    return scores, q.new_empty(shape if backend == "triton" else 0, dtype=dtype)
 
 
 @torch.library.custom_op("fastgoal::text_conditioned_scores_backward", mutates_args=())
 def text_conditioned_scores_backward(
     grad: Tensor,
+    scores: Tensor,
+    norms: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -66,20 +84,19 @@ def text_conditioned_scores_backward(
     text_index: Tensor | None,
     num_heads: int,
     add_zero_attn: bool,
+    backend: str,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, text, out_weight, out_bias; those not needed have no elements."""
-    with torch.autocast(q.device.type, enabled=False):
-        pool = engine.Pool(
-            q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn
-        )
-        return engine.backward(pool, text_index, grad, engine.Need(*need))
+    with on_device_of(q):
+        pool = Pool(q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn)
+        return _engine(backend).backward(pool, text_index, grad, scores, norms, Need(*need))
 
 
 @text_conditioned_scores_backward.register_fake
 def _(
-    grad, q, k, v, text, out_weight, out_bias, image_mask, text_index,
-    num_heads, add_zero_attn, need,
+    grad, scores, norms, q, k, v, text, out_weight, out_bias, image_mask, text_index,
+    num_heads, add_zero_attn, backend, need,
 ):  # fmt: skip
     inputs = (q, k, v, text, out_weight, out_bias)
     return tuple(
@@ -88,17 +105,18 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.num_heads, ctx.add_zero_attn = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, num_heads, add_zero_attn, backend = inputs
+    ctx.options = num_heads, add_zero_attn, backend
+    scores, norms = output
+    ctx.mark_non_differentiable(norms)
+    ctx.save_for_backward(scores, norms, *tensors)
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, _):
     need = list(ctx.needs_input_grad[:6])
-    gradients = text_conditioned_scores_backward(
-        grad, *ctx.saved_tensors, ctx.num_heads, ctx.add_zero_attn, need
-    )
+    gradients = text_conditioned_scores_backward(grad, *ctx.saved_tensors, *ctx.options, need)
     gradients = (g if wanted else None for g, wanted in zip(gradients, need, strict=True))
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 register_first_derivative(
@@ -117,18 +135,17 @@ def text_conditioned_topk(
     image_mask: Tensor | None,
     num_heads: int,
     add_zero_attn: bool,
+    backend: str,
     best: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(values, indices) of each image's `best` captions, then of each caption's `best` images."""
-    with torch.autocast(q.device.type, enabled=False):
-        pool = engine.Pool(
-            q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn
-        )
-        return engine.topk(pool, best)
+    with on_device_of(q):
+        pool = Pool(q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn)
+        return _engine(backend).topk(pool, best)
 
 
 @text_conditioned_topk.register_fake
-def _(q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn, best):
+def _(q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn, backend, best):
     num_images, num_texts = k.shape[0], q.shape[0]
     image_shape = (num_images, torch.sym_min(best, num_texts))
     text_shape = (num_texts, torch.sym_min(best, num_images))

@@ -12,7 +12,6 @@ and no memory. A block's largest tensors hold about `_BLOCK_ELEMENTS` numbers ea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,36 +19,12 @@ from torch import Tensor
 
 from ..reference import score_dtype
 from .products import wide_product
+from .text_conditioned_pool import Need, Pool
 from .topk import streaming_topk
 
 # Per block tensor. On a CPU a block should stay in cache; on a GPU it should fill the device and
 # be small beside the inputs.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
-
-
-class Pool(NamedTuple):
-    """What the operators of `text_conditioned` are given, with the shapes written there."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    text: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-    image_mask: Tensor | None
-    num_heads: int
-    add_zero_attn: bool
-
-
-class Need(NamedTuple):
-    """Which gradients are wanted."""
-
-    q: bool
-    k: bool
-    v: bool
-    text: bool
-    out_weight: bool
-    out_bias: bool
 
 
 class _Heads:
@@ -137,14 +112,14 @@ def _index(pool: Pool, text_index: Tensor | None) -> Tensor | None:
     return None if text_index is None else text_index.clamp(0, max(pool.q.shape[0] - 1, 0))
 
 
-def forward(pool: Pool, text_index: Tensor | None) -> Tensor:
-    """cos(o_ij, t_j): (I, J), or (I, P) for the captions text_index names."""
+def forward(pool: Pool, text_index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """cos(o_ij, t_j): (I, J), or (I, P) for the captions text_index names; and no norms."""
     x, index = _Heads(pool), _index(pool, text_index)
     columns = x.num_texts if index is None else index.shape[1]
     scores = torch.zeros(x.num_images, columns, dtype=x.wide, device=pool.q.device)
     for images, captions in x.blocks(columns):
         scores[images, captions] = _Block(x, images, captions, index).score
-    return scores
+    return scores, scores.new_empty(0)
 
 
 def topk(pool: Pool, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,7 +149,12 @@ def _add_rows(total: Tensor, index: Tensor | slice, rows: Tensor) -> None:
 
 
 def backward(
-    pool: Pool, text_index: Tensor | None, grad: Tensor, need: Need
+    pool: Pool,
+    text_index: Tensor | None,
+    grad: Tensor,
+    scores: Tensor,
+    norms: Tensor,
+    need: Need,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in the order of `Need`; those not needed have no elements."""
     x, index = _Heads(pool), _index(pool, text_index)

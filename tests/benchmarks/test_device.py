@@ -9,8 +9,16 @@ import torch
 
 pytest.importorskip("rich", reason="rich is not installed (extra: bench)")
 
-from benchmarks import device, feature_workloads, report
+from benchmarks import (
+    device,
+    feature_workloads,
+    pooling_workloads,
+    report,
+    token_workloads,
+)
 from benchmarks.feature_workloads import FeatureWorkload
+from benchmarks.pooling_workloads import ALL, LARGE, PROMISED, PUBLISHED, SAMPLE, PoolingWorkload
+from benchmarks.token_workloads import FARTHEST, GRAM, SIMILARITY, TokenWorkload
 from benchmarks.workloads import CONTENDERS, Workload, sweep, takes_part
 
 
@@ -55,7 +63,7 @@ def test_quick_sweep_finishes_and_every_row_says_what_happened(quick_result):
 
 def test_quick_sweep_has_every_contender_of_both_losses_of_plain_features(quick_result):
     _, document, _ = quick_result
-    rows = [row for row in document["rows"] if not row["op"].startswith("maxsim")]
+    rows = [row for row in document["rows"] if "batch" in row]
     works = feature_workloads.sweep(torch.cuda.is_available(), quick=True)
     names = feature_workloads.CONTENDERS
     planned = [(name, w) for w in works for name in names if feature_workloads.takes_part(name, w)]
@@ -87,7 +95,7 @@ def test_quick_sweep_measures_the_torch_backend_and_eager_everywhere(quick_resul
         for layout, each in status[name]:
             assert each == ("unavailable" if layout == "packed" else "ok")
     checks = {check["name"]: check for check in document["checks"]}
-    assert len(checks) == 10
+    assert len(checks) == 20
     assert checks["torch sigmoid_contrastive_loss"]["status"] == "ok"
     assert all(checks[f"torch {layout}"]["status"] == "ok" for layout in ("full", "packed"))
 
@@ -100,30 +108,66 @@ def test_a_spent_budget_skips_rows_and_says_so(tmp_path):
     assert all("time budget" in row["reason"] for row in document["rows"])
 
 
+def test_quick_sweep_has_the_text_conditioned_loss_and_the_token_ops(quick_result):
+    _, document, _ = quick_result
+    cuda = torch.cuda.is_available()
+    for key, module in (("negatives", pooling_workloads), ("count", token_workloads)):
+        rows = [row for row in document["rows"] if key in row]
+        works = module.sweep(cuda, quick=True)
+        races = [(name, work) for name, work in device.planned(cuda, True) if work in works]
+        assert len(rows) == len(races) and {name for name, _ in races} == set(module.CONTENDERS)
+        for row in rows:
+            if device.is_compiled(row["contender"]):
+                assert row["status"] == "skipped"
+            elif row["contender"] != "fastgoal triton":
+                assert row["status"] == "ok" and row["median_ms"] > 0, row
+                assert all(math.isfinite(error) for error in row["parity"].values())
+                assert (row["tflop_s"] is None) == (key == "count")
+            else:
+                assert row["status"] == "ok" or row["reason"]
+
+
+SECTION_TYPES = {
+    "maxsim": Workload,
+    "features": FeatureWorkload,
+    "pooling": PoolingWorkload,
+    "tokens": TokenWorkload,
+}
+
+
 def test_sections_can_be_measured_apart():
-    both, maxsim, features = (
-        device.planned(True, False, section=section) for section in (None, "maxsim", "features")
-    )
-    assert {type(work) for _, work in maxsim} == {Workload}
-    assert {type(work) for _, work in features} == {FeatureWorkload}
-    assert len(both) == len(maxsim) + len(features)
-    assert set(both) == {*maxsim, *features}
+    every = device.planned(True, False)
+    apart = {name: device.planned(True, False, section=name) for name in SECTION_TYPES}
+    assert set(SECTION_TYPES) == set(device.SECTIONS)
+    for name, rows in apart.items():
+        assert {type(work) for _, work in rows} == {SECTION_TYPES[name]}
+    assert len(every) == sum(map(len, apart.values()))
+    assert set(every) == {row for rows in apart.values() for row in rows}
     # A spent budget misses what is compiled first, and a rival of ours last.
-    names = list(dict.fromkeys(name for name, _ in both))
+    names = list(dict.fromkeys(name for name, _ in every))
     assert names[:2] == ["fastgoal triton", "fastgoal torch"]
-    assert {"torch.compile", "torch.compile of open_clip"} == set(names[-2:])
-    compiled = [work for name, work in features if device.is_compiled(name)]
-    assert {(work.batch, work.dim) for work in compiled} == {feature_workloads.PROMISED}
+    compiled = {"torch.compile", "torch.compile of open_clip", "torch.compile of eager"}
+    assert compiled == set(names[-3:])
+    sizes = [work for name, work in apart["features"] if device.is_compiled(name)]
+    assert {(work.batch, work.dim) for work in sizes} == {feature_workloads.PROMISED}
+    sizes = [work for name, work in apart["pooling"] if device.is_compiled(name)]
+    assert {(work.images, work.captions_per_image) for work in sizes} == {
+        pooling_workloads.PROMISED
+    }
 
 
-def test_a_section_has_its_own_checks_and_names_itself(tmp_path):
-    path = tmp_path / "features.json"
-    arguments = ["--quick", "--section", "features", "--only", "eager", "--out", str(path)]
+@pytest.mark.parametrize(
+    "section, checks, rows", [("features", 4, 4), ("pooling", 4, 2), ("tokens", 6, 3)]
+)
+def test_a_section_has_its_own_checks_and_names_itself(section, checks, rows, tmp_path):
+    path = tmp_path / "section.json"
+    arguments = ["--quick", "--section", section, "--only", "eager", "--out", str(path)]
     assert device.main(arguments) == 0
     document = json.loads(path.read_text())
-    assert document["command"] == "python -m benchmarks.device --quick --section features"
-    assert [row["contender"] for row in document["rows"]] == ["eager"] * 4
-    assert len(document["checks"]) == 4
+    assert document["command"] == f"python -m benchmarks.device --quick --section {section}"
+    measured = [row for row in document["rows"] if row["status"] != "skipped"]
+    assert [row["contender"] for row in measured] == ["eager"] * rows
+    assert len(document["checks"]) == checks
 
 
 def feature_row(contender, milliseconds, batch, dim=768, status="ok", **changes):
@@ -196,7 +240,9 @@ def test_the_page_claims_no_gpu_figure_without_a_gpu_result(tmp_path):
     out = tmp_path / "benchmarks.md"
     report.main(["--results", str(tmp_path), "--out", str(out)])
     promised = [line for line in out.read_text().splitlines() if line.startswith("| ")][2:]
-    assert len(promised) > 25
+    assert len(promised) > 35
+    assert any("text-conditioned loss" in line for line in promised)
+    assert any("farthest_point_sampling" in line for line in promised)
     assert any("softmax loss of plain features" in line for line in promised)
     assert all("not yet measured" in line for line in promised)
 
@@ -255,6 +301,58 @@ def test_promises_of_plain_features_are_read_from_the_rows():
     lost = report.losses({"rows": rows, "device": {"type": "cuda"}})
     assert any("siglip-kernel takes 0.75 of our time" in line for line in lost)
     assert any("B 65,536, D 768" in line for line in lost)
+
+
+def measured(work, contender, milliseconds, extra_bytes=10, **changes):
+    row = dict(
+        contender=contender, status="ok", reason=None, parity={"loss": 0.0},
+        median_ms=milliseconds, low_ms=milliseconds, high_ms=milliseconds, repeats=3,
+        extra_bytes=extra_bytes, tflop_s=1.0, share_of_gemm=0.5,
+    )  # fmt: skip
+    return {**work.as_json(), **row, **changes}
+
+
+def test_promises_of_the_text_conditioned_loss_are_read_from_the_rows():
+    def work(negatives, size):
+        return PoolingWorkload(negatives, *size, 64, 512, 8, "bfloat16")
+
+    sampled, every, large = work(SAMPLE, PROMISED), work(ALL, PROMISED), work(ALL, LARGE)
+    rows = [
+        measured(sampled, "fastgoal triton", 10.0, 100),
+        measured(every, "fastgoal triton", 30.0, 1000),
+        measured(large, "fastgoal triton", 300.0, 5e9),
+        measured(sampled, PUBLISHED, 60.0, 900),
+        measured(every, PUBLISHED, 1.0, 1),
+        measured(sampled, "eager", 15.0),
+        measured(sampled, "torch.compile of eager", 20.0),
+        measured(work(SAMPLE, (16, 8)), "eager", 1.0),
+    ]
+    speed, memory, all_memory, all_time, large_time, large_memory = report.pooling_promises(rows)
+    assert speed.measured == 6 and speed.cells()[3] == "yes"
+    assert memory.measured == pytest.approx(1 / 9) and memory.cells()[3] == "no"
+    assert all_memory.measured == pytest.approx(10 / 9) and all_memory.cells()[3] == "no"
+    assert all_time.measured == 2 and all_time.cells()[3] == "yes"  # of the fastest vectorised
+    assert large_time.measured == 300 and large_time.cells()[3] == "no"
+    assert large_memory.measured == 5000 and large_memory.cells()[3] == "yes"
+    assert all(promise.measured is None for promise in report.pooling_promises([]))
+    lost = report.losses({"rows": rows, "device": {"type": "cuda"}})
+    start = "text_conditioned_sigmoid_loss, all, forward+backward: 256 × 2,048"
+    assert any(line.startswith(start) and "takes 0.03 of our time" in line for line in lost)
+
+
+def test_promises_of_the_token_ops_are_read_from_the_rows():
+    points = TokenWorkload(FARTHEST, "inference", 256, 197, 65, 768, "bfloat16")
+    tsl = TokenWorkload(SIMILARITY, "forward+backward", 256, 196, 248, 768, "bfloat16")
+    rows = [
+        measured(points, "fastgoal triton", 0.5, tflop_s=None),
+        measured(points, GRAM, 2.0, tflop_s=None),
+        measured(tsl, "fastgoal triton", 0.25, tflop_s=None),
+    ]
+    time, faster, similarity = report.token_promises(rows)
+    assert (time.measured, time.cells()[3]) == (0.5, "yes")
+    assert (faster.measured, faster.cells()[3]) == (4.0, "no")
+    assert (similarity.measured, similarity.cells()[3]) == (0.25, "yes")
+    assert all(promise.measured is None for promise in report.token_promises([]))
 
 
 def test_of_the_many_sizes_of_plain_features_the_picture_shows_the_promised_one():

@@ -23,6 +23,8 @@ FILES = {
     "test_maxsim_backward.py": 50,
     "test_topk.py": 10,
     "test_feature_kernels.py": 29,
+    "test_token_kernels.py": 30,
+    "test_text_conditioned_kernels.py": 28,
 }
 
 

@@ -29,7 +29,13 @@ from fastgoal_kernels.functional.text_conditioned import (
 )
 from fastgoal_kernels.modules import TextConditionedPool
 from fastgoal_kernels.ops import text_conditioned as ops
+from fastgoal_kernels.ops import text_conditioned_loss_torch as loss_engine
 from fastgoal_kernels.ops import text_conditioned_torch as engine
+from fastgoal_kernels.ops.text_conditioned_loss import (
+    text_conditioned_loss,
+    text_conditioned_loss_backward,
+)
+from fastgoal_kernels.ops.text_conditioned_pool import Need, Pool
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 seeds = st.integers(0, 2**31)
@@ -289,12 +295,12 @@ def test_nothing_of_size_images_x_captions_x_dim_exists(sample):
         index = reference.text_conditioned_columns(images, 2, offsets)
     columns = captions if index is None else index.shape[1]
     with LargestTensor() as around:
-        projected = functional._projected(image_tokens, text, pool.weights(), None)
-    inside = engine.Pool(*(x.detach() for x in projected), None, heads, True)
+        projected = functional._projected(image_tokens, text, pool.weights(), None, "torch")
+    inside = Pool(*(x.detach() for x in projected), None, heads, True)
     with LargestTensor() as forward:
-        scores = engine.forward(inside, index)
+        scores, norms = engine.forward(inside, index)
     with LargestTensor() as backward:
-        engine.backward(inside, index, torch.ones_like(scores), engine.Need(*[True] * 6))
+        engine.backward(inside, index, torch.ones_like(scores), scores, norms, Need(*[True] * 6))
     with LargestTensor() as whole:
         reference.text_conditioned_scores(image_tokens[:4], text, pool.weights(), heads)
     assert whole.elements >= 4 * captions * dim  # the reference does make it: the mode sees it
@@ -312,20 +318,23 @@ def test_gradients_nobody_wants_are_not_computed(locked, monkeypatch):
     text = randn(6, 8, grad=locked in ("image", "pool"))
     pool.requires_grad_(locked != "pool")
     needs = []
-    backward = engine.backward
+    made = loss_engine.loss_and_gradients
 
-    def watched(pool, index, grad, need):
+    def watched(inputs, need):
         needs.append(need)
-        return backward(pool, index, grad, need)
+        return made(inputs, need)
 
-    monkeypatch.setattr(engine, "backward", watched)
+    monkeypatch.setattr(loss_engine, "loss_and_gradients", watched)
     text_conditioned_sigmoid_loss(
         pool, image_tokens, text, 5.0, -1.0, captions_per_image=2
     ).backward()
     (need,) = needs
+    assert need.tokens == image_tokens.requires_grad
+    of_the_pool = need.k_weight, need.k_bias, need.v_weight, need.v_bias, need.out_weight
+    assert set(of_the_pool) == {locked != "pool"}
     assert need.text == text.requires_grad
-    assert need.out_weight == need.out_bias == (locked != "pool")
-    assert need.q and need.k and need.v  # the projections before them want a gradient
+    assert need.q  # made of the texts and the pool
+    assert not need.scale and not need.bias
     for tensor in (image_tokens, text, *pool.parameters()):
         assert (tensor.grad is not None) == tensor.requires_grad
 
@@ -334,10 +343,11 @@ def test_gradients_nobody_wants_are_not_computed(locked, monkeypatch):
 def test_each_gradient_alone_is_that_of_all_together(need):
     torch.manual_seed(6)
     q, k, v, text = randn(5, 6), randn(3, 4, 6), randn(3, 4, 6), randn(5, 6)
-    pool = engine.Pool(q, k, v, text, randn(6, 6), randn(6), None, 2, True)
+    pool = Pool(q, k, v, text, randn(6, 6), randn(6), None, 2, True)
     grad = randn(3, 5)
-    together = engine.backward(pool, None, grad, engine.Need(*[True] * 6))
-    alone = engine.backward(pool, None, grad, engine.Need(*map(bool, need)))
+    given = pool, None, grad, *engine.forward(pool, None)
+    together = engine.backward(*given, Need(*[True] * 6))
+    alone = engine.backward(*given, Need(*map(bool, need)))
     for wanted, a, b in zip(need, alone, together, strict=True):
         assert torch.equal(a, b) if wanted else a.numel() == 0
 
@@ -551,8 +561,8 @@ def operator_arguments(device: str) -> list[tuple]:
     mask = torch.rand(3, 4, device=device) < 0.7
     index = torch.randint(0, 5, (3, 4), device=device)
     return [
-        (q, k, v, text, *weights, None, None, 2, True),
-        (q, k, v, text, *weights, mask, index, 3, False),
+        (q, k, v, text, *weights, None, None, 2, True, "torch"),
+        (q, k, v, text, *weights, mask, index, 3, False, "torch"),
     ]
 
 
@@ -562,12 +572,87 @@ def test_opcheck(device):
         torch.library.opcheck(ops.text_conditioned_scores, arguments)
     for arguments in operator_arguments(device):
         tensors = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-        grad = torch.ones(3, 5 if tensors[7] is None else 4, dtype=torch.float64, device=device)
+        scores, norms = ops.text_conditioned_scores(*tensors)
+        given = torch.ones_like(scores), scores, norms, *tensors
         need = [True, False, True, True, False, True]
-        torch.library.opcheck(ops.text_conditioned_scores_backward, (grad, *tensors, need))
+        torch.library.opcheck(ops.text_conditioned_scores_backward, (*given, need))
         for best in (2, 9):
             topk_arguments = (*tensors[:7], *tensors[8:], best)
             torch.library.opcheck(ops.text_conditioned_topk, topk_arguments)
+
+
+def loss_inputs(device: str = "cpu") -> list[Tensor]:
+    torch.manual_seed(21)
+    shapes = [(6, 6), (3, 4, 6), (6, 6), (6,), (6, 6), (6,), (6, 6), (6, 6), (6,), (), ()]
+    inputs = [randn(*(shape or [1]), device=device).reshape(shape) for shape in shapes]
+    inputs[6] = reference.l2_normalize(inputs[6])
+    return inputs
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_of_the_loss(device):
+    inputs = [x.requires_grad_() for x in loss_inputs(device)]
+    mask = torch.rand(3, 4, device=device) < 0.7
+    index = torch.randint(0, 6, (3, 4), device=device)
+    for more in ((None, None, 2, True, 2), (mask, index, 3, False, 0)):
+        torch.library.opcheck(text_conditioned_loss, (*inputs, *more, [True] * 11))
+        constants = [x.detach() for x in inputs]
+        some = [True, False] * 5 + [True]
+        torch.library.opcheck(text_conditioned_loss, (*constants, *more, some))
+    torch.library.opcheck(
+        text_conditioned_loss_backward, (randn(1, device=device)[0], [randn(2, device=device)])
+    )
+
+
+@pytest.mark.parametrize("need", torch.eye(11, dtype=torch.long).tolist())
+def test_each_gradient_of_the_loss_alone_is_that_of_all_together(need):
+    given = loss_engine.Inputs(*loss_inputs(), None, None, 2, True, 2)
+    total, *together = loss_engine.loss_and_gradients(given, loss_engine.Need(*[True] * 11))
+    same, *alone = loss_engine.loss_and_gradients(given, loss_engine.Need(*map(bool, need)))
+    assert torch.equal(total, same)
+    for wanted, a, b in zip(need, alone, together, strict=True):
+        assert torch.equal(a, b) if wanted else a.numel() == 0
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize(("budget", "rows"), [(1, 1), (30, 9), (1 << 20, 1 << 20)])
+def test_how_much_is_computed_at_once_does_not_matter(sample, budget, rows, monkeypatch):
+    """The loss beside that of the scores, whose own test does the same."""
+    monkeypatch.setattr(loss_engine, "_BLOCK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), budget))
+    monkeypatch.setattr(loss_engine, "_GROUP_ROWS", rows)
+    torch.manual_seed(22)
+    pool = random_pool(6, 2)
+    tokens, text = randn(5, 4, 6, grad=True), randn(10, 6, grad=True)
+    keywords = dict(captions_per_image=2, image_mask=torch.rand(5, 4) < 0.6)
+    if sample:
+        keywords |= dict(negatives="sample", negative_offsets=torch.randint(0, 2, (5, 4)))
+    one, other = (
+        text_conditioned_sigmoid_loss(pool, tokens, text, 5.0, -1.0, **keywords, backend=backend)
+        for backend in ("torch", "reference")
+    )
+    assert_same_with_gradients(one, other, [tokens, text, *pool.parameters()])
+
+
+def test_a_projection_that_nearly_cancels():
+    """|o|^2 is a difference of terms 10^8 times its size, and no digit of it may be lost."""
+    torch.manual_seed(23)
+    pool = random_pool(6, 2, zero=False)
+    with torch.no_grad():  # the values, and so what is pooled, are one constant
+        pool.attn.in_proj_weight[12:] *= 1e-5
+        pooled = pool.attn.in_proj_bias[12:]
+        pool.attn.out_proj.bias.copy_(-pool.attn.out_proj.weight @ pooled + 1e-4 * randn(6))
+    tokens, text = randn(3, 4, 6, grad=True), randn(6, 6, grad=True)
+    one, other = (
+        text_conditioned_sigmoid_loss(
+            pool, tokens, text, 5.0, -1.0, captions_per_image=2, backend=backend
+        )
+        for backend in ("torch", "reference")
+    )
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
+    for inputs in ([pool.attn.out_proj.weight], [text]):
+        ours, wanted = (torch.autograd.grad(x, inputs, retain_graph=True)[0] for x in (one, other))
+        # Each of the terms has 10^-16 of itself, which is 10^-12 of what they leave.
+        assert float((ours - wanted).norm() / wanted.norm()) < 1e-9
 
 
 @pytest.mark.parametrize("sample", [False, True])
