@@ -138,8 +138,14 @@ def _why_not_triton(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def choose_backend(op: str, backend: str | None, *tensors: Tensor) -> str:
+def choose_backend(
+    op: str, backend: str | None, *tensors: Tensor, triton_lacks: str | None = None
+) -> str:
     """The backend for this call: the argument, else use_backend, else FASTGOAL_BACKEND, else best.
+
+    Args:
+        op, backend, tensors: of the call.
+        triton_lacks: why the kernels can not serve these sizes; None where they can.
 
     Raises:
         ValueError: unknown name.
@@ -147,9 +153,9 @@ def choose_backend(op: str, backend: str | None, *tensors: Tensor) -> str:
     """
     wanted = _check_name(backend, f"{op}(backend=...)") if backend else _forced or _default
     if wanted is None:
-        return "torch" if _why_not_triton(op, tensors) else "triton"
+        return "torch" if triton_lacks or _why_not_triton(op, tensors) else "triton"
     if wanted == "triton":
-        reason = _why_not_triton(op, tensors)
+        reason = _why_not_triton(op, tensors) or triton_lacks
         if reason:
             raise BackendError(f"{op}: backend 'triton' was asked for, but {reason}")
     return wanted

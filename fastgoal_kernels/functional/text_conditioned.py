@@ -95,6 +95,16 @@ def _check(
     )
 
 
+def _choose(
+    op: str, backend: str | None, image_tokens: Tensor, text_features: Tensor, num_heads: int
+) -> str:
+    head_dim = text_features.shape[1] // num_heads
+    lacks = f"the Triton kernels take heads of up to 128 channels; got {head_dim}"
+    return choose_backend(
+        op, backend, image_tokens, text_features, triton_lacks=lacks if head_dim > 128 else None
+    )
+
+
 def _runs_in(text_features: Tensor, backend: str) -> torch.dtype:
     """The dtype of the products.
 
@@ -219,7 +229,7 @@ def text_conditioned_scores(
         check_range("text_index", text_index, 0, num_texts, "an index into text_features")
         text_index = text_index.long()
     image_tokens, text_features = of_one_dtype(image_tokens, text_features)
-    chosen = choose_backend("text_conditioned_scores", backend, image_tokens, text_features)
+    chosen = _choose("text_conditioned_scores", backend, image_tokens, text_features, num_heads)
     with without_autocast(image_tokens):
         if chosen == "reference":
             return reference.text_conditioned_scores(
@@ -288,7 +298,9 @@ def text_conditioned_loss_from_weights(
 
     image_tokens, text_features = of_one_dtype(image_tokens, text_features)
     scale, bias = as_scalar(logit_scale, image_tokens), as_scalar(logit_bias, image_tokens)
-    chosen = choose_backend("text_conditioned_sigmoid_loss", backend, image_tokens, text_features)
+    chosen = _choose(
+        "text_conditioned_sigmoid_loss", backend, image_tokens, text_features, num_heads
+    )
     with without_autocast(image_tokens):
         if chosen == "reference":
             return reference.text_conditioned_sigmoid_loss(
@@ -421,7 +433,7 @@ def text_conditioned_topk(
     if k < 1:
         raise ValueError(f"k must be at least 1; got {k}")
     image_tokens, text_features = of_one_dtype(image_tokens, text_features)
-    chosen = choose_backend("text_conditioned_topk", backend, image_tokens, text_features)
+    chosen = _choose("text_conditioned_topk", backend, image_tokens, text_features, attn.num_heads)
     with torch.no_grad(), without_autocast(image_tokens):
         if chosen == "reference":
             return reference.topk(

@@ -81,29 +81,53 @@ def _(*arguments):
     return scale.new_empty(()), *(scale.new_empty(shape) for shape in shapes)
 
 
+# An operator of its own for a few multiplications, so that a second derivative is an error, where
+# plain PyTorch would take the gradients for constants.
 @torch.library.custom_op("fastgoal::text_conditioned_loss_backward", mutates_args=())
-def text_conditioned_loss_backward(upstream: Tensor, gradients: Sequence[Tensor]) -> list[Tensor]:
-    """upstream * each gradient."""
-    return [upstream * gradient for gradient in gradients]
+def text_conditioned_loss_backward(
+    upstream: Tensor,
+    q: Tensor,
+    tokens: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    text: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
+    """What the forward found for each of these, times the upstream gradient."""
+    gradients = (
+        q, tokens, k_weight, k_bias, v_weight, v_bias, text, out_weight, out_bias, scale, bias
+    )  # fmt: skip
+    return cast("Any", tuple(upstream * gradient for gradient in gradients))
 
 
 @text_conditioned_loss_backward.register_fake
-def _(upstream, gradients):
-    return [torch.empty_like(gradient) for gradient in gradients]
+def _(upstream, *gradients):
+    return tuple(torch.empty_like(gradient) for gradient in gradients)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     _, *gradients = output
-    ctx.mark_non_differentiable(*gradients)
-    ctx.need = inputs[-1]
+    ctx.set_materialize_grads(False)
     ctx.given = len(inputs)
     ctx.save_for_backward(*gradients)
 
 
 def _backward(ctx, upstream, *_):
-    scaled = text_conditioned_loss_backward(upstream, ctx.saved_tensors)
-    wanted = (x if needed else None for x, needed in zip(scaled, ctx.need, strict=True))
-    return *wanted, *[None] * (ctx.given - _DIFFERENTIABLE)
+    if upstream is None:
+        return (None,) * ctx.given
+    scaled = text_conditioned_loss_backward(upstream, *ctx.saved_tensors)
+    wanted = ctx.needs_input_grad[:_DIFFERENTIABLE]
+    return (
+        *(grad if want else None for grad, want in zip(scaled, wanted, strict=True)),
+        *[None] * (ctx.given - _DIFFERENTIABLE),
+    )
 
 
 register_first_derivative(

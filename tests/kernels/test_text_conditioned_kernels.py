@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("these kernels want a CUDA device or the interpreter", allow_module_level=True)
 
-from fastgoal_kernels import TextConditionedPool, reference  # noqa: E402
+from fastgoal_kernels import BackendError, TextConditionedPool, reference  # noqa: E402
 from fastgoal_kernels.functional import (  # noqa: E402
     text_conditioned_scores,
     text_conditioned_sigmoid_loss,
@@ -305,6 +305,14 @@ def test_strides_do_not_matter():
     ours = pool.scores(image, text, backend="triton")
     again = pool.scores(image.contiguous(), text.contiguous(), backend="triton")
     torch.testing.assert_close(ours, again, rtol=0, atol=1e-6)
+
+
+def test_wide_heads_get_the_torch_backend():
+    pool, image, text = make_pool(144, 1), draw(2, 3, 144, seed=1), draw(4, 144, seed=2)
+    with pytest.raises(BackendError, match=r"heads of up to 128 channels; got 144"):
+        pool.scores(image, text, backend="triton")
+    with mock.patch.object(engine, "forward", side_effect=AssertionError):
+        assert pool.scores(image, text).shape == (2, 4)
 
 
 def test_opcheck():
