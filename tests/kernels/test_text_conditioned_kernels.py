@@ -125,7 +125,8 @@ def test_scores_and_gradients_are_the_reference(
 def test_half_precision_is_as_exact_as_eagers(dtype, sampled):
     """At most 1.1 times the error of the same formula in plain PyTorch of that dtype.
 
-    The interpreter cuts bfloat16's digits off where a device, and eager, rounds: twice the error.
+    Twice for the keys' shift: a softmax does not see what all its logits share, so its gradient is
+    what the zero key leaves of terms that cancel, and their roundings are a matter of luck.
     """
     dim, heads = 64, 2
     pool = make_pool(dim, heads, dtype=dtype)
@@ -144,9 +145,10 @@ def test_half_precision_is_as_exact_as_eagers(dtype, sampled):
     scores = scores if index is None else scores.gather(1, index)
     upstream = draw(*scores.shape, seed=99)
     eager = [scores.detach(), *torch.autograd.grad((scores * upstream).sum(), inputs)]
-    for got, other, want in zip(ours, eager, wanted, strict=True):
-        cut = 2 if INTERPRETED and dtype == torch.bfloat16 else 1
-        assert error(got, want, 0.0) <= 1.1 * cut * error(other, want, 0.0)
+    names = ["scores", "image", "text", *(name for name, _ in pool.named_parameters())]
+    for name, got, other, want in zip(names, ours, eager, wanted, strict=True):
+        factor = 2 if name == "ln_k.bias" else 1.1
+        assert error(got, want, 0.0) <= factor * error(other, want, 0.0), name
 
 
 def test_float16_keeps_small_gradients():
