@@ -18,7 +18,7 @@ from .products import sum_of_products, wide_product
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}
 
 # Rows of tokens whose keys and values are made together, for a product worth its name.
-_GROUP_ROWS = 1024
+_GROUP_ROWS = 512
 
 # Below this share of its terms' magnitudes |o|^2 has lost two digits, and o is made itself.
 _CANCELS = 1e-2
