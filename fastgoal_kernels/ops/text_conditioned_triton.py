@@ -395,7 +395,7 @@ def _projection_tile(
 
 
 class _Pairs:
-    """What is the same in every launch of one call, and the launches."""
+    """What is the same in every launch of one call."""
 
     def __init__(self, pool: Pool, text_index: Tensor | None):
         self.q, self.k, self.v = (x.contiguous() for x in (pool.q, pool.k, pool.v))
