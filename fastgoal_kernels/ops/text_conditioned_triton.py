@@ -365,7 +365,7 @@ _PROJECTION_GRADIENT = {**_NORM, 90: Config(128, 128, 64, 8, 3)}
 # Captions, tokens and warps for heads of up to 64 channels, of the kernels whose sums are the
 # captions', and of the one whose two sums are the tokens'.
 _ATTENTION = {80: (64, 64, 4), 86: (64, 64, 4), 90: (128, 64, 8), 100: (128, 64, 8)}
-_KEY_VALUE = {80: (64, 64, 8), 86: (64, 64, 8), 90: (64, 64, 4), 100: (64, 64, 4)}
+_KEY_VALUE = {80: (64, 32, 4), 86: (64, 32, 4), 90: (64, 64, 4), 100: (64, 64, 4)}
 
 
 def _attention_tile(
