@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .products import sum_of_products, wide_product
+from .text_conditioned_pool import add_rows
 
 # Numbers in the largest tensor of a block: in cache on a CPU, enough to fill a GPU.
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}
@@ -122,8 +123,8 @@ class _Projection:
             for rows, factors in zip(a, to_text, strict=True):
                 self.d_u[captions].addcmul_(rows, factors[:, None])
         else:
-            _add_rows(self.d_u, captions, a * to_text[..., None])
-        _add_rows(self.d_c, captions, to_text)
+            add_rows(self.d_u, captions, a * to_text[..., None])
+        add_rows(self.d_c, captions, to_text)
         a, to_y = a.flatten(0, 1), to_y.flatten()
         # G is symmetric, and so is its gradient: minus half of the sum of to_y a a'. The quarter
         # below the diagonal waits for `finish`.
@@ -155,19 +156,6 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 def _merged(x: Tensor) -> Tensor:
     """(..., heads, n, head_dim) -> (..., n, D), contiguous."""
     return x.transpose(-3, -2).flatten(-2)
-
-
-def _add_rows(total: Tensor, captions: slice | Tensor, rows: Tensor) -> None:
-    """total[captions] += rows of some images, (images, captions, ...), in a fixed order.
-
-    Which index_add_ has on a CPU, and not on CUDA.
-    """
-    if isinstance(captions, slice):
-        total[captions] += rows.sum(dim=0)
-    elif total.device.type == "cpu":
-        total.index_add_(0, captions.flatten(), rows.flatten(0, 1))
-    else:
-        total.index_put_((captions,), rows, accumulate=True)
 
 
 class _Images:
@@ -325,7 +313,7 @@ def loss_and_gradients(x: Inputs, need: Need) -> tuple[Tensor, ...]:
                 for of_logits, of_image in zip(d_logits, keys, strict=True):
                     d_q[:, place].baddbmm_(of_logits, of_image)
             elif need.q:
-                _add_rows(out.q, captions, _merged(d_logits @ keys))
+                add_rows(out.q, captions, _merged(d_logits @ keys))
         if images is not None and need_kv:
             images.finish(out, need)
     if d_q is not None:

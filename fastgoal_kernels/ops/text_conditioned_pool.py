@@ -1,4 +1,4 @@
-"""What the text-conditioned operators are given, and what is wanted of their backward."""
+"""What the text-conditioned operators are given, what is wanted of them, and how pairs add up."""
 
 from __future__ import annotations
 
@@ -30,3 +30,18 @@ class Need(NamedTuple):
     text: bool
     out_weight: bool
     out_bias: bool
+
+
+def add_rows(total: Tensor, captions: slice | Tensor, rows: Tensor) -> None:
+    """total[captions] += rows of some images, (images, captions, ...), in a fixed order.
+
+    The captions are the same of every image, or those of an index (images, captions). On CUDA
+    index_add_ uses atomics, but an accumulating index_put_ sorts; on a CPU it is the other way
+    round.
+    """
+    if isinstance(captions, slice):
+        total[captions] += rows.sum(dim=0)
+    elif total.device.type == "cpu":
+        total.index_add_(0, captions.flatten(), rows.flatten(0, 1))
+    else:
+        total.index_put_((captions,), rows, accumulate=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..reference import score_dtype
 from .products import wide_product
-from .text_conditioned_pool import Need, Pool
+from .text_conditioned_pool import Need, Pool, add_rows
 from .topk import streaming_topk
 
 # Per block tensor. On a CPU a block should stay in cache; on a GPU it should fill the device and
@@ -134,20 +134,6 @@ def topk(pool: Pool, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return streaming_topk((x.num_images, x.num_texts), best, tiles, x.text)
 
 
-def _add_rows(total: Tensor, index: Tensor | slice, rows: Tensor) -> None:
-    """total[index] += rows, rows (B, C, D), in a fixed order of additions.
-
-    On CUDA index_add_ uses atomics, but an accumulating index_put_ sorts; on a CPU it is the
-    other way round.
-    """
-    if isinstance(index, slice):
-        total[index] += rows.sum(dim=0)
-    elif total.device.type == "cpu":
-        total.index_add_(0, index.flatten(), rows.flatten(0, 1))
-    else:
-        total.index_put_((index,), rows, accumulate=True)
-
-
 def backward(
     pool: Pool,
     text_index: Tensor | None,
@@ -176,7 +162,7 @@ def backward(
         captions = columns if index is None else index[images, columns]
         g = grad[images, columns] * block.inverse
         if need.text:
-            _add_rows(d_text, captions, block.o * g[..., None])
+            add_rows(d_text, captions, block.o * g[..., None])
         # d<o, t>/|o|: t / |o| - score * o / |o|^2
         shrink = g * block.score * block.inverse * block.through_norm
         d_o = torch.addcmul(block.text * g[..., None], block.o, shrink[..., None], value=-1)
@@ -202,7 +188,7 @@ def backward(
             d_k[images] += d_s.mT @ block.q
         if need.q:
             d_queries = (d_s @ block.k).transpose(1, 2).flatten(2).to(x.wide)
-            _add_rows(d_q, captions, d_queries)
+            add_rows(d_q, captions, d_queries)
 
     return (
         d_q.to(pool.q.dtype),

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..backends import INTERPRETED
 from .compile_cases import CompileCase
 from .products import sum_of_products
-from .text_conditioned_pool import Need, Pool
+from .text_conditioned_pool import Need, Pool, add_rows
 from .tiles_triton import (
     Config,
     architecture,
@@ -641,7 +641,8 @@ def backward(
         along = chunk.of(grad) * inverse
         if need.text:
             chunk.add_by_caption(pooled, along, d_text)
-            _add_numbers(weight_of_text, chunk, along)
+            captions = chunk.columns if chunk.index is None else chunk.index
+            add_rows(weight_of_text, captions, along.view(chunk.shape))
         if not (need_attention or need.out_weight or need.out_bias):
             continue
         # d<o, t>/|o|: t / |o| - score * o / |o|^2, the latter not where |o| is held at 1e-12.
@@ -677,14 +678,6 @@ def backward(
         d_weight.mul_(peak).to(pool.out_weight.dtype),
         d_bias.mul_(peak).to(pool.out_bias.dtype),
     )
-
-
-def _add_numbers(total: Tensor, chunk: _Chunk, numbers: Tensor) -> None:
-    """total[j] += the sum of the numbers of caption j's pairs, in a fixed order."""
-    if chunk.index is None:
-        total[chunk.columns] += numbers.view(chunk.shape).sum(dim=0)
-    else:
-        total.index_put_((chunk.index.flatten(),), numbers, accumulate=True)
 
 
 # ---------------------------------------------------------------------------------------------
