@@ -10,6 +10,8 @@ from .backends import BackendError, available_backends, explain_backend, use_bac
 from .functional import (
     clip_contrastive_loss,
     farthest_point_sampling,
+    hierarchical_scores,
+    hierarchical_topk,
     maxsim_alignment,
     maxsim_contrastive_loss,
     maxsim_scores,
@@ -61,6 +63,8 @@ __all__ = [
     "clip_contrastive_loss",
     "explain_backend",
     "farthest_point_sampling",
+    "hierarchical_scores",
+    "hierarchical_topk",
     "maxsim_alignment",
     "maxsim_contrastive_loss",
     "maxsim_scores",

@@ -28,6 +28,8 @@ TRITON_OPS = frozenset(
         "text_conditioned_scores",
         "text_conditioned_sigmoid_loss",
         "text_conditioned_topk",
+        "hierarchical_scores",
+        "hierarchical_topk",
         "farthest_point_sampling",
         "soft_cluster_pool",
         "region_mean",

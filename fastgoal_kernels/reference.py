@@ -368,6 +368,42 @@ def text_conditioned_scores(
     return scores if text_index is None else scores.gather(1, text_index)
 
 
+def hierarchical_scores(
+    fine_tokens: Tensor,
+    part_features: Tensor,
+    whole_image_features: Tensor,
+    whole_text_features: Tensor,
+    weights: PoolWeights,
+    num_heads: int,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    whole_logit_scale: Tensor | float,
+    whole_logit_bias: Tensor | float,
+    *,
+    alpha: float = 0.3,
+    shortlist: int | None = None,
+    add_zero_attn: bool = True,
+    image_mask: Tensor | None = None,
+) -> Tensor:
+    """CAFT's score (I, J): (1 - alpha) whole logit + alpha mean of the parts' (J, P, D) logits.
+
+    With a shortlist, -inf but for each image's best texts by whole logit.
+    """
+    num_parts = part_features.shape[1]
+    part = text_conditioned_scores(
+        fine_tokens, l2_normalize(part_features).flatten(0, 1), weights, num_heads,
+        add_zero_attn=add_zero_attn, image_mask=image_mask,
+    )  # fmt: skip
+    part = logit_scale * part.unflatten(1, (-1, num_parts)).mean(dim=2) + logit_bias
+    whole = feature_scores(whole_image_features, whole_text_features, normalize=True)
+    whole = whole_logit_scale * whole + whole_logit_bias
+    scores = (1 - alpha) * whole + alpha * part
+    if shortlist is None:
+        return scores
+    (_, best), _ = topk(whole, shortlist)
+    return torch.full_like(scores, -torch.inf).scatter(1, best, scores.gather(1, best))
+
+
 def text_conditioned_columns(
     num_images: int, captions_per_image: int, negative_offsets: Tensor
 ) -> Tensor:

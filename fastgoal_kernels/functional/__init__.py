@@ -8,9 +8,10 @@ from .maxsim import (
     maxsim_topk,
     pack_tokens,
 )
-from .text_conditioned import (
-    text_conditioned_scores,
-    text_conditioned_sigmoid_loss,
+from .text_conditioned import text_conditioned_scores, text_conditioned_sigmoid_loss
+from .text_conditioned_retrieval import (
+    hierarchical_scores,
+    hierarchical_topk,
     text_conditioned_topk,
 )
 from .token_ops import (
@@ -31,6 +32,8 @@ OPS = (
     "text_conditioned_scores",
     "text_conditioned_sigmoid_loss",
     "text_conditioned_topk",
+    "hierarchical_scores",
+    "hierarchical_topk",
     "region_mean",
     "span_mean",
     "token_similarity_loss",
@@ -42,6 +45,8 @@ __all__ = [
     "OPS",
     "clip_contrastive_loss",
     "farthest_point_sampling",
+    "hierarchical_scores",
+    "hierarchical_topk",
     "maxsim_alignment",
     "maxsim_contrastive_loss",
     "maxsim_scores",

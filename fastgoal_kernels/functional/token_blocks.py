@@ -1,4 +1,4 @@
-"""Tokens of any number, wherever they live, as blocks of a few items on the device that scores.
+"""Tokens and features of any number, wherever they live, in blocks on the device that scores.
 
 What is on the device is bounded by the constants below, whatever the size of the corpus: at most
 two blocks of each side, one in use and one on its way.
@@ -23,14 +23,53 @@ _BLOCK_ITEMS = 1 << 11
 _BLOCK_BYTES = 1 << 28
 
 
-class Side(NamedTuple):
-    """One modality's tokens on any device, in any layout."""
+class Rows(NamedTuple):
+    """Tensors with one row for each item, wherever they live: features, padded tokens, a mask."""
+
+    arguments: dict[str, Tensor | None]  # by the name under which the scoring function takes them
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [x for x in self.arguments.values() if x is not None]
+
+    @property
+    def device(self) -> torch.device:
+        return self._tensors[0].device
+
+    @property
+    def items(self) -> int:
+        return self._tensors[0].shape[0]
+
+    def blocks(self) -> Iterator[slice]:
+        """All items, in order, in blocks within the limits, but of at least one item."""
+        size = sum(x.shape[1:].numel() * x.element_size() for x in self._tensors)
+        step = max(min(_BLOCK_ITEMS, _BLOCK_BYTES // max(size, 1)), 1)
+        if 0 < self.items <= step:
+            # torch.compile takes the number of items for a constant of the loop below.
+            yield slice(0, self.items)
+            return
+        for first in range(0, self.items, step):
+            yield slice(first, min(first + step, self.items))
+
+    def on(self, device: torch.device, items: slice) -> dict[str, Any]:
+        """These items, as arguments of the scoring function."""
+        arguments = {}  # in a comprehension torch.compile would take `items` for a constant
+        for name, x in self.arguments.items():
+            arguments[name] = None if x is None else copied(x[items], device)
+        return arguments
+
+
+class Ragged(NamedTuple):
+    """One modality's tokens (total, dim), wherever they live, cut into items of any length."""
 
     name: str  # "image" or "text"
     tokens: Tensor
-    mask: Tensor | None
-    offsets: Tensor | None  # on the CPU
-    bounds: list[int]  # item b is rows bounds[b] to bounds[b + 1]; padded rows count, too
+    offsets: Tensor  # on the CPU
+    bounds: list[int]  # the same: item b is rows bounds[b] to bounds[b + 1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
 
     @property
     def items(self) -> int:
@@ -49,25 +88,22 @@ class Side(NamedTuple):
 
     def on(self, device: torch.device, items: slice) -> dict[str, Any]:
         """These items, as arguments of `maxsim_scores`."""
-        if self.offsets is None:
-            mask = None if self.mask is None else _copied(self.mask[items], device)
-            tokens = _copied(self.tokens[items], device)
-            return {f"{self.name}_tokens": tokens, f"{self.name}_mask": mask}
         bounds = self.bounds[items.start : items.stop + 1]
         offsets = self.offsets[items.start : items.stop + 1] - bounds[0]
         return {
-            f"{self.name}_tokens": _copied(self.tokens[bounds[0] : bounds[-1]], device),
-            f"{self.name}_offsets": _copied(offsets, device),
+            f"{self.name}_tokens": copied(self.tokens[bounds[0] : bounds[-1]], device),
+            f"{self.name}_offsets": copied(offsets, device),
             f"max_{self.name}_tokens": max(end - start for start, end in pairwise(bounds)),
         }
 
 
-def side_of(name: str, tokens: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Side:
-    """The Side of tokens that are already checked."""
+def side_of(
+    name: str, tokens: Tensor, mask: Tensor | None, offsets: Tensor | None
+) -> Rows | Ragged:
+    """One modality's tokens, already checked, as `maxsim_scores` takes them."""
     if offsets is not None:
-        return Side(name, tokens, None, offsets, offsets.tolist())
-    items, length = tokens.shape[:2]
-    return Side(name, tokens, mask, None, [item * length for item in range(items + 1)])
+        return Ragged(name, tokens, offsets, offsets.tolist())
+    return Rows({f"{name}_tokens": tokens, f"{name}_mask": mask})
 
 
 def scoring_device(
@@ -96,14 +132,15 @@ def scoring_device(
 
 
 def block_pairs(
-    images: Side, texts: Side, device: torch.device
+    images: Rows | Ragged, texts: Rows | Ragged, device: torch.device
 ) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
-    """Every block of images with every block of texts: (images, texts, `maxsim_scores` arguments).
+    """Every block of images with every block of texts: (images, texts, arguments for their scores).
 
     In row-major order, or in column-major order where that copies each text to the device only
     once, because the images are there already.
     """
-    swap = images.tokens.device == device != texts.tokens.device
+    swap = images.device == device != texts.device
+    travels = not images.device == texts.device == device
     outer, inner = (texts, images) if swap else (images, texts)
     scored: deque[torch.cuda.Event] = deque()
     for outer_items in outer.blocks():
@@ -114,7 +151,7 @@ def block_pairs(
                 yield inner_items, outer_items, arguments
             else:
                 yield outer_items, inner_items, arguments
-            if device.type == "cuda":
+            if travels and device.type == "cuda":
                 # The host prepares the next block while the device scores this one, and first waits
                 # for the one before: running ahead, it would fill its memory with pinned copies.
                 scored.append(torch.cuda.Event())
@@ -123,7 +160,7 @@ def block_pairs(
                     scored.popleft().synchronize()
 
 
-def _copied(x: Tensor, device: torch.device) -> Tensor:
+def copied(x: Tensor, device: torch.device) -> Tensor:
     """x on the device. A copy from the CPU to a CUDA device does not keep the host waiting.
 
     Only one from pinned memory can be so; PyTorch keeps that memory until the device has read it.

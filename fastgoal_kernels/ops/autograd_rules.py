@@ -45,7 +45,7 @@ def refusal(op: CustomOpDef, what: str) -> RuntimeError:
     return RuntimeError(
         f"{op._opoverload.name()} has {what}, only first derivatives by backward() or "
         "torch.autograd.grad. Fix: backend='reference', or the block use_backend('reference'), "
-        "which is plain PyTorch and has them all, but holds the whole score tensor"
+        "which is plain PyTorch and has them all, but holds every intermediate tensor"
     )
 
 

@@ -23,18 +23,21 @@ _ONEDNN = torch.backends.mkldnn.is_available() and all(
 _ONEDNN_WORK = 1 << 20
 
 
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b summed, and returned, in float32 (float64 for float64).
+def wide_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b + bias summed, and returned, in float32 (float64 for float64).
 
     Beside a half-precision b, a may be float32: it is rounded to b's dtype only where the product
     runs in it.
     """
     half = b.dtype in (torch.float16, torch.bfloat16)
     if half and b.device.type == "cuda" and _HALF_PRODUCT_TO_FLOAT:
-        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+        product = torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+        return product if bias is None else product.add_(bias)
     dtype = score_dtype(b.dtype)
     a, b = a.to(dtype), b.to(dtype)
-    return _onednn_product(a, b) if _suits_onednn(a, b) else a @ b
+    if _suits_onednn(a, b):
+        return _onednn_product(a, b, bias)
+    return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:
@@ -49,8 +52,8 @@ def _suits_onednn(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
 
 
 def sum_of_products(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
     fastgoal::text_conditioned_scores           (q, k, v, text, output projection) -> scores
     fastgoal::text_conditioned_scores_backward  dL/dscores -> the gradient of each of those
-    fastgoal::text_conditioned_topk             the k best of every row and column of the scores
 
 The operators begin after the input projection: an image's keys and values and a caption's query do
 not depend on the pair, so they are made once, in plain differentiable PyTorch. What follows does
@@ -122,37 +121,3 @@ def _backward(ctx, grad, _):
 register_first_derivative(
     text_conditioned_scores, text_conditioned_scores_backward, _backward, _setup_context
 )
-
-
-@torch.library.custom_op("fastgoal::text_conditioned_topk", mutates_args=())
-def text_conditioned_topk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    image_mask: Tensor | None,
-    num_heads: int,
-    add_zero_attn: bool,
-    backend: str,
-    best: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(values, indices) of each image's `best` captions, then of each caption's `best` images."""
-    with on_device_of(q):
-        pool = Pool(q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn)
-        return _engine(backend).topk(pool, best)
-
-
-@text_conditioned_topk.register_fake
-def _(q, k, v, text, out_weight, out_bias, image_mask, num_heads, add_zero_attn, backend, best):
-    num_images, num_texts = k.shape[0], q.shape[0]
-    image_shape = (num_images, torch.sym_min(best, num_texts))
-    text_shape = (num_texts, torch.sym_min(best, num_images))
-    scores = {"dtype": score_dtype(q.dtype)}
-    return (
-        q.new_empty(image_shape, **scores),
-        q.new_empty(image_shape, dtype=torch.long),
-        q.new_empty(text_shape, **scores),
-        q.new_empty(text_shape, dtype=torch.long),
-    )

@@ -20,7 +20,6 @@ from torch import Tensor
 from ..reference import score_dtype
 from .products import wide_product
 from .text_conditioned_pool import Need, Pool, add_rows
-from .topk import streaming_topk
 
 # Per block tensor. On a CPU a block should stay in cache; on a GPU it should fill the device and
 # be small beside the inputs.
@@ -96,7 +95,7 @@ class _Block:
         self.p = logits.softmax(dim=-1).to(x.dtype)
         self.a = (self.p @ self.v).transpose(1, 2).flatten(2)
         # Wide: rounding o to half precision would be the largest error of the score.
-        o = wide_product(self.a.flatten(0, 1), x.weight.T).add_(x.bias)
+        o = wide_product(self.a.flatten(0, 1), x.weight.T, x.bias)
         self.o = o.view(self.a.shape)
         norm = torch.linalg.vector_norm(self.o, dim=-1)
         # x / max(|x|, 1e-12), whose gradient has no term through |x| below 1e-12, and is 0 at 0.
@@ -120,18 +119,6 @@ def forward(pool: Pool, text_index: Tensor | None) -> tuple[Tensor, Tensor]:
     for images, captions in x.blocks(columns):
         scores[images, captions] = _Block(x, images, captions, index).score
     return scores, scores.new_empty(0)
-
-
-def topk(pool: Pool, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The `best` captions of each image and images of each caption, block by block."""
-    x = _Heads(pool)
-    if x.length:
-        blocks = x.blocks(x.num_texts)
-        tiles = ((i, j, _Block(x, i, j, None).score) for i, j in blocks)
-    else:  # nothing to pool: every score is 0, and blocks() gives no tile
-        zeros = torch.zeros(x.num_images, x.num_texts, dtype=x.wide, device=pool.q.device)
-        tiles = iter([(slice(0, x.num_images), slice(0, x.num_texts), zeros)])
-    return streaming_topk((x.num_images, x.num_texts), best, tiles, x.text)
 
 
 def backward(

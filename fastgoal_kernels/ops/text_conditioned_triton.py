@@ -40,7 +40,6 @@ from .tiles_triton import (
     product_tile,
     tile_case,
 )
-from .topk import streaming_topk
 
 # Numbers in one buffer of a chunk: 32 MB of half precision. Of three such buffers, two at a time
 # are in use, about what an H200's L2 holds; and a chunk is long enough to fill it.
@@ -590,17 +589,6 @@ def forward(pool: Pool, text_index: Tensor | None) -> tuple[Tensor, Tensor]:
         place = chunk.images, chunk.columns
         scores[place], norms[place] = chunk.scores()
     return scores, norms
-
-
-def topk(pool: Pool, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The `best` captions of each image and images of each caption, chunk by chunk."""
-    call = _Pairs(pool, None)
-    if call.length:
-        tiles = ((c.images, c.columns, c.scores()[0]) for c in call.chunks())
-    else:  # nothing to pool: every score is 0, and there is no chunk
-        zeros = call.text.new_zeros(call.num_images, call.num_texts)
-        tiles = iter([(slice(0, call.num_images), slice(0, call.num_texts), zeros)])
-    return streaming_topk((call.num_images, call.num_texts), best, tiles, call.text)
 
 
 def backward(

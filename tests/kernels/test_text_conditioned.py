@@ -1,4 +1,4 @@
-"""Text-conditioned pooling: scores, sigmoid loss and top-k of the torch backend.
+"""Text-conditioned pooling: scores and sigmoid loss of the torch backend.
 
 Against `reference.py` and against the published loss restated with nn.MultiheadAttention, in
 float64; and at the edges: masks, empty batches, zero vectors, ties, half precision, autocast,
@@ -25,7 +25,6 @@ from fastgoal_kernels.functional.text_conditioned import (
     text_conditioned_loss_from_weights,
     text_conditioned_scores,
     text_conditioned_sigmoid_loss,
-    text_conditioned_topk,
 )
 from fastgoal_kernels.modules import TextConditionedPool
 from fastgoal_kernels.ops import text_conditioned as ops
@@ -415,9 +414,6 @@ def test_nan_gives_nan_and_no_error():
     text[1, 0] = torch.nan
     scores = pool.scores(tokens, text)
     assert scores.isnan().tolist() == [[True] * 3, [False, True, False]]
-    (values, indices), _ = text_conditioned_topk(pool, tokens, text, 2)
-    assert values.isnan().tolist() == [[True, True], [True, False]]
-    assert ((indices >= 0) & (indices < 3)).all()
 
 
 def test_views_and_a_single_everything():
@@ -528,27 +524,6 @@ def test_the_same_bits_again():
 
 
 # ---------------------------------------------------------------------------------------------
-# Top-k
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", [(5, 9, 4), (3, 2, 0), (0, 4, 2), (4, 0, 2)])
-def test_topk_is_the_reference(device, shape, block_elements):
-    torch.manual_seed(12)
-    images, texts, length = shape
-    pool = random_pool(6, 2, device)
-    tokens, text = randn(images, length, 6, device=device), randn(texts, 6, device=device)
-    mask = torch.rand(images, length, device=device) < 0.7
-    got = text_conditioned_topk(pool, tokens, text, 3, image_mask=mask)
-    expected = text_conditioned_topk(pool, tokens, text, 3, image_mask=mask, backend="reference")
-    for (values, indices), (right_values, right_indices) in zip(got, expected, strict=True):
-        assert_close(values, right_values)
-        assert torch.equal(indices, right_indices)
-        assert not values.requires_grad
-
-
-# ---------------------------------------------------------------------------------------------
 # An operator like PyTorch's own
 # ---------------------------------------------------------------------------------------------
 
@@ -576,9 +551,6 @@ def test_opcheck(device):
         given = torch.ones_like(scores), scores, norms, *tensors
         need = [True, False, True, True, False, True]
         torch.library.opcheck(ops.text_conditioned_scores_backward, (*given, need))
-        for best in (2, 9):
-            topk_arguments = (*tensors[:7], *tensors[8:], best)
-            torch.library.opcheck(ops.text_conditioned_topk, topk_arguments)
 
 
 def loss_inputs(device: str = "cpu") -> list[Tensor]:
@@ -703,25 +675,6 @@ def test_compiles_whole_and_once(device, negatives):
     assert len(set(counts[1:])) == 1, counts  # the second call makes the sizes dynamic
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_topk_compiles_whole_and_once(device):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    pool = random_pool(8, 2, device)
-    compiled = torch.compile(
-        lambda tokens, text: text_conditioned_topk(pool, tokens, text, 2),
-        backend=counter, fullgraph=True,
-    )  # fmt: skip
-    counts = []
-    for images, texts in ((3, 4), (5, 7), (6, 4), (8, 9)):
-        tokens, text = randn(images, 5, 8, device=device), randn(texts, 8, device=device)
-        got, expected = compiled(tokens, text), text_conditioned_topk(pool, tokens, text, 2)
-        for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
-            torch.testing.assert_close(a, b)
-        counts.append(counter.frame_count)
-    assert len(set(counts[1:])) == 1, counts  # the second call makes the sizes dynamic
-
-
 # ---------------------------------------------------------------------------------------------
 # Bad input
 # ---------------------------------------------------------------------------------------------
@@ -768,8 +721,6 @@ def test_other_bad_input_is_named():
     pool, tokens, text = TextConditionedPool(8, 2), torch.ones(2, 3, 8), torch.ones(4, 8)
     with pytest.raises(ValueError, match=r"text_index.*\[0, 4\)"):
         pool.scores(tokens, text, text_index=torch.full((2, 1), 4))
-    with pytest.raises(ValueError, match="k must be at least 1"):
-        text_conditioned_topk(pool, tokens, text, 0)
     with pytest.raises(TypeError, match="pool must be a TextConditionedPool"):
         text_conditioned_sigmoid_loss(nn.Linear(8, 8), tokens, text, 1.0, 0.0, captions_per_image=2)
     without_bias = TextConditionedPool(8, 2)

@@ -260,18 +260,18 @@ def test_a_corpus_on_the_cpu_is_scored_elsewhere(image_home, layouts, monkeypatc
 
 def test_texts_travel_once_to_images_that_are_there(monkeypatch):
     small_blocks(monkeypatch, 2)
-    copied = []
+    travelled = []
 
     def copy(x: Tensor, device: torch.device) -> Tensor:
         if x.device != device:
-            copied.append(x.shape[0])
+            travelled.append(x.shape[0])
         return x.to(device)
 
-    monkeypatch.setattr(token_blocks, "_copied", copy)
+    monkeypatch.setattr(token_blocks, "copied", copy)
     images = side_of("image", torch.zeros(6, 3, 4, device="meta"), None, None)
     texts = side_of("text", torch.zeros(8, 5, 4), None, None)
     assert len(list(block_pairs(images, texts, torch.device("meta")))) == 3 * 4
-    assert sum(copied) == 8
+    assert sum(travelled) == 8
 
 
 @pytest.mark.cuda

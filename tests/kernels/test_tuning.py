@@ -5,21 +5,29 @@ Times are made up: a test machine need not have a GPU, and no test asserts one.
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
 import torch
 
 from fastgoal_kernels import (
+    TextConditionedPool,
     clip_contrastive_loss,
     maxsim_contrastive_loss,
     sigmoid_contrastive_loss,
+    text_conditioned_sigmoid_loss,
     warmup,
 )
 
 pytest.importorskip("triton")
 
-from fastgoal_kernels.ops import feature_loss_triton, maxsim_forward_triton, tuning
+from fastgoal_kernels.ops import (
+    feature_loss_triton,
+    maxsim_forward_triton,
+    text_conditioned_triton,
+    tuning,
+)
 from fastgoal_kernels.ops.tiles_triton import Config
 
 TABLE = [Config(128, 256, 64, 8, 3), Config(64, 64, 64, 4, 3), Config(32, 32, 32, 4, 2)]
@@ -137,6 +145,16 @@ def test_warmup_without_a_gpu_does_nothing_but_check():
         warmup(64, losses=("maxsim",))
     with pytest.raises(ValueError, match="dim must be an int >= 1; got 0"):
         warmup(0)
+    with pytest.raises(ValueError, match="num_heads must divide dim; got 7 heads for 64"):
+        warmup(64, losses=("text_conditioned_sigmoid_loss",), num_heads=7)
+
+
+def test_warmup_calls_the_ops_as_they_want_to_be_called():
+    """What a GPU would compile, run on the CPU: the arguments fit."""
+    steps = importlib.import_module("fastgoal_kernels.warmup")
+    cpu = torch.device("cpu")
+    steps._one_pooling_step(16, 4, torch.float32, 5, cpu)
+    steps._one_similarity_step(16, torch.float32, cpu)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -157,6 +175,27 @@ def test_nothing_is_left_to_compile_after_warmup(layout):
         options = dict(text_offsets=torch.arange(6, device="cuda") * 77, max_text_tokens=77)
     scale = torch.tensor(9.0, device="cuda", requires_grad=True)
     maxsim_contrastive_loss(image, text, scale, scale, **options).backward()
+    after = [sum(len(c[0]) for c in kernel.device_caches.values()) for kernel in kernels]
+    assert after == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nothing_of_the_text_conditioned_loss_is_left_to_compile_after_warmup():
+    warmup(64, losses=("text_conditioned_sigmoid_loss",), num_heads=2, max_image_tokens=49)
+    kernels = [
+        value for name, value in vars(text_conditioned_triton).items() if name.endswith("_kernel")
+    ]
+    before = [sum(len(c[0]) for c in kernel.device_caches.values()) for kernel in kernels]
+    pool = TextConditionedPool(64, 2).cuda()
+    image, text = (
+        torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for shape in ((5, 49, 64), (15, 64))
+    )
+    scale = torch.tensor(9.0, device="cuda", requires_grad=True)
+    for negatives in ("all", "sample"):
+        text_conditioned_sigmoid_loss(
+            pool, image, text, scale, scale, captions_per_image=3, negatives=negatives
+        ).backward()
     after = [sum(len(c[0]) for c in kernel.device_caches.values()) for kernel in kernels]
     assert after == before
 
