@@ -86,7 +86,7 @@ def recall_at_k(
         ValueError: shapes that do not fit, an image index out of range.
     """
     num_images, num_texts = scores.shape
-    owner = _owner(text_image, num_images, num_texts).to(scores.device)
+    owner = owner_of_texts(text_image, num_images, num_texts).to(scores.device)
     images = torch.arange(num_images, device=scores.device)
     right = images[:, None] == owner
     asked = right.any(dim=1)
@@ -116,7 +116,7 @@ def feature_recall(
         )
     images = F.normalize(image_features.float(), dim=1)
     texts = F.normalize(text_features.float(), dim=1)
-    owner = _owner(text_image, len(images), len(texts)).to(images.device)
+    owner = owner_of_texts(text_image, len(images), len(texts)).to(images.device)
     owned = owner.unique()
 
     def ranks(queries: Tensor, answers: Tensor, query_id: Tensor, answer_id: Tensor) -> Tensor:
@@ -164,17 +164,37 @@ def maxsim_recall(
         ValueError: a `text_image` that does not fit, and all that `maxsim_topk` refuses.
         TypeError, BackendError: as `maxsim_topk`.
     """
-    owner = _owner(
+    owner = owner_of_texts(
         text_image,
         len(image_tokens if image_offsets is None else image_offsets[1:]),
         len(text_tokens if text_offsets is None else text_offsets[1:]),
     )
-    most_right = int(owner.bincount().max()) if len(owner) else 1
-    (image_scores, texts), (text_scores, images) = maxsim_topk(
-        image_tokens, text_tokens, max(ks, default=0) + most_right,
+    best = maxsim_topk(
+        image_tokens, text_tokens, candidates_needed(ks, owner),
         image_offsets=image_offsets, text_offsets=text_offsets, **options,
     )  # fmt: skip
-    owner = owner.to(texts.device)
+    return recall_of_best(best, ks, owner)
+
+
+def candidates_needed(ks: Sequence[int], text_image: Tensor) -> int:
+    """How many of each query's best candidates decide Recall@K for all `ks`."""
+    return max(ks, default=0) + (int(text_image.bincount().max()) if len(text_image) else 1)
+
+
+def recall_of_best(
+    best: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ks: Sequence[int],
+    text_image: Tensor,
+) -> Retrieval:
+    """`recall_at_k` from the `candidates_needed` best of each query, as a streaming top-k has them.
+
+    Args:
+        best: ((scores, texts) of each image, (scores, images) of each text).
+        ks: the K to report.
+        text_image: (num_texts,) int64, the image each text belongs to.
+    """
+    (image_scores, texts), (text_scores, images) = best
+    owner = text_image.to(texts.device)
     asked = owner.unique()
     return _retrieval(
         _ranks(text_scores, images == owner[:, None]),
@@ -230,7 +250,8 @@ def evaluate(
     return feature_recall(torch.cat(image_features), torch.cat(text_features), ks)
 
 
-def _owner(text_image: Tensor | None, num_images: int, num_texts: int) -> Tensor:
+def owner_of_texts(text_image: Tensor | None, num_images: int, num_texts: int) -> Tensor:
+    """The image of each text, checked; by default text j belongs to image j."""
     if text_image is None:
         if num_images != num_texts:
             raise ValueError(
