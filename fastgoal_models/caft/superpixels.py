@@ -32,7 +32,7 @@ _SFCN_MEAN = (0.411, 0.432, 0.45)
 
 _SLIC_STEPS = 5
 _SLIC_LEVELS = 255  # colours and positions are whole numbers, so that their sums are exact
-_SLIC_COMPACTNESS = 24.0  # levels of colour that weigh as much as one cell's width
+_SLIC_COMPACTNESS = 96.0  # levels of colour that weigh as much as one cell's width
 
 Maker = Callable[[Tensor], Tensor]
 """images (N, 3, H, W), CLIP-normalised -> labels (N, H, W) int64 in [0, H/16 * W/16)"""
