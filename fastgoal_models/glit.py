@@ -11,6 +11,7 @@ come best first and name a sentence by its place. Other keys are kept as they ar
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -102,7 +103,7 @@ class SkipReport:
         return "\n".join(lines)
 
 
-class _Skip(Exception):
+class Unusable(Exception):
     """A record that is left out: why, and what to call it."""
 
     def __init__(self, reason: str, name: str) -> None:
@@ -121,7 +122,7 @@ def load_image(path: Path) -> Image.Image:
     """
     try:
         return _open_image(path, decode=True)[0]
-    except _Skip as skip:
+    except Unusable as skip:
         raise GlitError(str(skip)) from skip
 
 
@@ -130,15 +131,24 @@ def _open_image(path: Path, decode: bool) -> tuple[Image.Image, int, int]:
     name = str(path)
     # Only regular files: opening a pipe would wait for ever.
     if not _is_file(path):
-        raise _Skip("image is missing", name)
+        raise Unusable("image is missing", name)
     if path.stat().st_size == 0:
-        raise _Skip("image is empty (zero bytes)", name)
+        raise Unusable("image is empty (zero bytes)", name)
+    return _read_image(path, name, decode)
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """`load_image` of a file's contents, which are called `name`. Raises Unusable."""
+    return _read_image(io.BytesIO(data), name, decode=True)[0]
+
+
+def _read_image(file: Path | io.BytesIO, name: str, decode: bool) -> tuple[Image.Image, int, int]:
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             # Pillow itself only warns here, and refuses at twice the size.
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
-                raise _Skip(f"image has more than {limit:,} pixels", name)
+                raise Unusable(f"image has more than {limit:,} pixels", name)
             width, height = image.size
             if image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8):  # a quarter turn
                 width, height = height, width
@@ -146,12 +156,12 @@ def _open_image(path: Path, decode: bool) -> tuple[Image.Image, int, int]:
                 image.load()
                 image = _to_rgb(ImageOps.exif_transpose(image))
             return image, width, height
-    except (_Skip, MemoryError):
+    except (Unusable, MemoryError):
         raise
     except Image.DecompressionBombError:
-        raise _Skip(f"image has more than {Image.MAX_IMAGE_PIXELS:,} pixels", name) from None
+        raise Unusable(f"image has more than {Image.MAX_IMAGE_PIXELS:,} pixels", name) from None
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
-        raise _Skip("image is corrupt", f"{name} ({error})") from error
+        raise Unusable("image is corrupt", f"{name} ({error})") from error
 
 
 def _is_file(path: Path) -> bool:
@@ -224,18 +234,18 @@ def read_glit(
     records: list[GlitRecord] = []
     seen: set[str] = set()
 
-    def parse(numbered: tuple[int, bytes]) -> GlitRecord | _Skip:
+    def parse(numbered: tuple[int, bytes]) -> GlitRecord | Unusable:
         try:
             return _parse_line(*numbered, folder, verify_images)
-        except _Skip as skip:
+        except Unusable as skip:
             return skip
 
     # Decoding is most of the work and leaves the interpreter's lock; order is kept.
     with jsonl.open("rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for found in pool.map(parse, _lines(file)):
+        for found in pool.map(parse, json_lines(file)):
             if isinstance(found, GlitRecord) and found.id in seen:
-                found = _Skip("id appears twice", found.id)
-            if isinstance(found, _Skip):
+                found = Unusable("id appears twice", found.id)
+            if isinstance(found, Unusable):
                 if strict:
                     pool.shutdown(cancel_futures=True)  # rather than read all the other pictures
                     raise GlitError(f"{jsonl}: {found}") from found
@@ -247,7 +257,8 @@ def read_glit(
     return records, report
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+def json_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines of a JSONL file that are not blank, with their numbers from 1."""
     for number, line in enumerate(file, start=1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")  # the mark some editors put before UTF-8
@@ -260,32 +271,32 @@ def _parse_line(number: int, line: bytes, folder: Path, verify_images: bool) -> 
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise _Skip("line is not UTF-8", name) from None
+        raise Unusable("line is not UTF-8", name) from None
     except (ValueError, RecursionError):
-        raise _Skip("line is not JSON", name) from None
+        raise Unusable("line is not JSON", name) from None
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-        raise _Skip("line is not an object with an image", name)
+        raise Unusable("line is not an object with an image", name)
     name = f"{name} ({row['image']})"
     caption = row.get("caption")
     if not isinstance(caption, str) or not any(
         c.isprintable() and not c.isspace() for c in caption
     ):
-        raise _Skip("caption is empty", name)
+        raise Unusable("caption is empty", name)
     try:
         caption.encode()
     except UnicodeEncodeError:
-        raise _Skip("caption is not valid Unicode", name) from None
+        raise Unusable("caption is not valid Unicode", name) from None
     sentences = row.get("sentences") or split_sentences(caption)
     if not _make_up(sentences, caption):
-        raise _Skip("sentences do not make up the caption", name)
-    path = _inside(folder, row["image"], name)
+        raise Unusable("sentences do not make up the caption", name)
+    path = inside(folder, row["image"], name)
     try:
         _, width, height = _open_image(path, decode=verify_images)
-    except _Skip as skip:
-        raise _Skip(skip.reason, name) from skip
+    except Unusable as skip:
+        raise Unusable(skip.reason, name) from skip
     pairs = row.get("pairs") or []
     if pairs and (row.get("width", width), row.get("height", height)) != (width, height):
-        raise _Skip("boxes are for a picture of another size", name)
+        raise Unusable("boxes are for a picture of another size", name)
     return GlitRecord(
         id=str(row.get("id", row["image"])),
         image=path,
@@ -305,15 +316,16 @@ def _make_up(sentences: object, caption: str) -> bool:
     return all(s.strip() for s in sentences) and " ".join(sentences).split() == caption.split()
 
 
-def _inside(folder: Path, image: str, name: str) -> Path:
+def inside(folder: Path, image: str, name: str) -> Path:
+    """The path of an annotation's image, which may not leave the folder. Raises Unusable."""
     # An absolute path of another system is no less a way out once the data set is carried there.
     absolute = PurePosixPath(image).is_absolute() or PureWindowsPath(image).anchor
     try:
         path = (folder / image).resolve()
     except (OSError, ValueError, RuntimeError):  # a zero byte, a name too long, links in a circle
-        raise _Skip("image is missing", name) from None
+        raise Unusable("image is missing", name) from None
     if absolute or not path.is_relative_to(folder):
-        raise _Skip("image leaves the data folder", name)
+        raise Unusable("image leaves the data folder", name)
     return path
 
 
@@ -331,7 +343,7 @@ def _parse_pairs(
                 raise ValueError
             pairs.append(LocalPair(sentence, (x1, y1, x2, y2), region, score))
     except (TypeError, ValueError, KeyError):
-        raise _Skip("local pair names no sentence or no part of the picture", name) from None
+        raise Unusable("local pair names no sentence or no part of the picture", name) from None
     return tuple(pairs)
 
 

@@ -11,11 +11,12 @@ from rich.markup import escape
 
 from .devices import parse_device
 from .fast_goal import FastGoalModel
+from .fast_goal_training import FastGoalTrainConfig
 from .flism import match_pairs
 from .glit import FastGoalDataset, GlitRecord, read_glit
 from .options import create_model, records_digest
 from .progress import StepPrinter
-from .training import TrainConfig, TrainingError, TrainResult, train, uses_bf16
+from .training import TrainingError, TrainResult, train, uses_bf16
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _match_where_missing(
     return [matched.get(record.id, record) for record in records]
 
 
-def _config(options: TrainOptions) -> TrainConfig:
+def _config(options: TrainOptions) -> FastGoalTrainConfig:
     changes: dict[str, Any] = {
         "seed": options.seed,
         "precision": options.precision,
@@ -100,7 +101,7 @@ def _config(options: TrainOptions) -> TrainConfig:
         **(options.changes or {}),
     }
     if options.preset == "published":
-        return TrainConfig.published(options.out, **changes)
+        return FastGoalTrainConfig.published(options.out, **changes)
     if "steps" not in changes:
         changes.setdefault("epochs", 10)
-    return TrainConfig(out=options.out, **changes)
+    return FastGoalTrainConfig(out=options.out, **changes)

@@ -1,4 +1,4 @@
-"""Fine-tuning with the FAST-GOAL loss: one loop, exactly resumable.
+"""Training: one loop for every method, exactly resumable.
 
 Everything that decides the next step is either a pure function of the step's number (which records
 it reads, its learning rate) or part of the checkpoint (weights, AdamW's moments, random-number
@@ -15,7 +15,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +24,8 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
-
-from fastgoal_kernels import FastGoalLoss
 
 from .checkpoints import (
     Checkpoint,
@@ -37,10 +37,8 @@ from .checkpoints import (
 )
 from .devices import default_device
 from .errors import ConfigError, UserError
-from .fast_goal import FastGoalBatch, FastGoalModel
-from .glit import collate
 
-PRECISIONS = ("auto", "bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 # These say where and how often to write, or how fast to read: a resumed run may change them.
 _FREE_TO_CHANGE = ("out", "save_every", "keep", "num_workers")
@@ -51,8 +49,8 @@ class TrainingError(UserError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything a run depends on besides its model and its data.
+class TrainConfig(ABC):
+    """Everything a run depends on besides its model and its data; a subclass for each method.
 
     `steps` or `epochs`, exactly one of them. An epoch is ⌊records / batch_size⌋ steps over a fresh
     permutation; the records left over sit out that epoch. Raises ConfigError for values that make
@@ -65,15 +63,12 @@ class TrainConfig:
     batch_size: int = 32
     learning_rate: float = 1e-5  # the peak
     weight_decay: float = 0.05
-    decay_all: bool = False  # also norms, biases and the logit scale, as the published code does
+    decay_all: bool = False  # also norms, biases and the logit scale, as published code does
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
-    warmup: float = 0.05  # share of the steps over which the learning rate rises from zero
+    warmup: float = 0.05  # while the rate rises from zero: below 1 a share of the steps, else steps
     clip_norm: float | None = 1.0  # largest norm of the whole gradient; None: no clipping
-    max_logit_scale: float | None = 100.0  # CLIP's clamp; None: no clamp
-    global_weight: float = 1.0
-    local_weight: float = 0.5
-    tsl_weight: float = 1.0
+    ema: float | None = None  # decay of a moving average of the weights, kept beside them
     precision: str = "auto"  # bf16 autocast where a CUDA device has it, else float32
     seed: int = 0
     save_every: int | None = None  # steps between checkpoints; None: only at the end
@@ -87,40 +82,39 @@ class TrainConfig:
             raise ConfigError("give steps or epochs, one of the two")
         at_least_one = ("steps", "epochs", "batch_size", "save_every", "keep")
         not_negative = ("learning_rate", "weight_decay", "num_workers", "seed")
-        positive = ("eps", "clip_norm", "max_logit_scale")
         for names, is_good, wanted in (
             (at_least_one, lambda value: value >= 1, "at least 1"),
             (not_negative, lambda value: value >= 0, "0 or more"),
-            (positive, lambda value: value > 0, "above 0"),
+            (("eps", "clip_norm"), lambda value: value > 0, "above 0"),
+            (("ema",), lambda value: 0 < value < 1, "between 0 and 1"),
         ):
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not is_good(value):
                     raise ConfigError(f"{name} must be {wanted}; got {value}")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"warmup is a share of the steps, in [0, 1); got {self.warmup}")
+        if self.warmup < 0 or (self.warmup >= 1 and self.warmup != int(self.warmup)):
+            raise ConfigError(
+                "warmup is a share of the steps, in [0, 1), or a whole number of steps; got "
+                f"{self.warmup}"
+            )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {PRECISIONS}; got {self.precision!r}")
 
-    @classmethod
-    def published(cls, out: Path, **changes: Any) -> TrainConfig:
-        """The published recipe (arXiv 2605.26615 and GOAL's code); `changes` override fields.
+    @abstractmethod
+    def collate(self, items: Sequence[Any]) -> Any:
+        """Items of the dataset as one batch, which has a `to(device)`."""
 
-        AdamW at 5e-6 with weight decay 0.05 on every parameter, cosine to zero without warm-up, no
-        clipping, no clamp on the scale, ten epochs of batches of 256.
-        """
-        published: dict[str, Any] = {
-            "epochs": None if changes.get("steps") is not None else 10,
-            "batch_size": 256,
-            "learning_rate": 5e-6,
-            "weight_decay": 0.05,
-            "decay_all": True,
-            "betas": (0.9, 0.999),
-            "warmup": 0.0,
-            "clip_norm": None,
-            "max_logit_scale": None,
-        }
-        return cls(out=out, **(published | changes))
+    @abstractmethod
+    def losses(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """The weighted parts of the loss, by name; their sum is what is minimised."""
+
+    @abstractmethod
+    def log_scale(self, model: Any) -> Tensor:
+        """The logarithm of the logit scale that the log shows."""
+
+    @abstractmethod
+    def after_step(self, model: Any) -> None:
+        """What keeps the weights in bounds, after each optimizer step."""
 
 
 class StepRecord(NamedTuple):
@@ -133,6 +127,8 @@ class StepRecord(NamedTuple):
     logit_scale: float  # the multiplier, after the step
     learning_rate: float
     seconds: float
+    images_per_second: float = 0.0
+    peak_bytes: int | None = None  # of the CUDA device's memory since the run began
 
 
 class TrainResult(NamedTuple):
@@ -143,7 +139,11 @@ class TrainResult(NamedTuple):
 
 
 class Records(Protocol):
-    """A map-style dataset whose items `collate` takes; item i must always be the same."""
+    """A map-style dataset whose items `collate` takes; item i must always be the same.
+
+    One whose items change from epoch to epoch has a method `at(epoch, index)` as well, which is
+    then called instead, and whose result must depend on nothing else.
+    """
 
     def __len__(self) -> int: ...
 
@@ -151,7 +151,7 @@ class Records(Protocol):
 
 
 def train(
-    model: FastGoalModel,
+    model: nn.Module,
     dataset: Records,
     config: TrainConfig,
     *,
@@ -160,7 +160,7 @@ def train(
     identity: Mapping[str, Any] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> TrainResult:
-    """Fine-tune `model` in place; write `log.jsonl` and `checkpoints/` below `config.out`.
+    """Train `model` in place; write `log.jsonl` and `checkpoints/` below `config.out`.
 
     Ctrl-C lets the current step finish, saves, and returns with `interrupted=True` (a second one
     stops at once, without saving).
@@ -191,18 +191,24 @@ def train(
     model.to(device).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(trained, config, device)
-    loss_fn = FastGoalLoss(config.global_weight, config.local_weight, config.tsl_weight)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    average = _moving_average(model, config)
+    parts_of_state: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler}
+    if average is not None:
+        parts_of_state["ema"] = average
     done, saved = 0, None
     if resume is not False:
         checkpoint = _find_checkpoint(folder, resume, run)
-        _restore(checkpoint, model, optimizer, device)
+        _restore(checkpoint, model, parts_of_state, device)
         done, saved = checkpoint.step, checkpoint.path
     elif latest_checkpoint(folder) is not None:
         raise TrainingError(f"{folder} already holds checkpoints: resume, or choose another folder")
     _keep_log_until(log_path, done)
 
     loader = _loader(dataset, config, done, total, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
+    autocast = torch.autocast(device.type, **_autocast_options(config, device))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with log_path.open("a", encoding="utf-8") as log, _deferred_interrupt() as interrupted:
         began = time.perf_counter()
         for step, batch in enumerate(loader, done + 1):
@@ -210,25 +216,35 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with autocast:
-                parts = loss_fn(**model(_without_padding(batch).to(device)), output_dict=True)
+                parts = config.losses(model, batch.to(device))
                 loss = torch.stack(list(parts.values())).sum()
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             if config.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(trained, config.clip_norm, norm)
-            optimizer.step()
-            if config.max_logit_scale is not None:
-                with torch.no_grad():
-                    model.clip.logit_scale.clamp_(max=math.log(config.max_logit_scale))
+            scaler.step(optimizer)
+            scaler.update()
+            config.after_step(model)
+            if average is not None:
+                average.update_parameters(model)
 
             values = _to_floats(
-                {"loss": loss, **parts}, norm, model.clip.logit_scale
+                {"loss": loss, **parts}, norm, config.log_scale(model)
             )  # waits for the device
             now = time.perf_counter()
-            record = StepRecord(step, total, *values, learning_rate=rate, seconds=now - began)
+            record = StepRecord(
+                step, total, *values, learning_rate=rate, seconds=now - began,
+                images_per_second=config.batch_size / max(now - began, 1e-9),
+                peak_bytes=(
+                    torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+                ),
+            )  # fmt: skip
             began = now
-            if not math.isfinite(record.losses["loss"]) or not math.isfinite(record.gradient_norm):
+            # A scaler leaves out a step whose gradients overflowed, and goes on with smaller ones.
+            finite = math.isfinite(record.gradient_norm) or scaler.is_enabled()
+            if not math.isfinite(record.losses["loss"]) or not finite:
                 raise TrainingError(_not_finite(record, saved))
             done = step
             log.write(json.dumps(record._asdict()) + "\n")
@@ -238,7 +254,8 @@ def train(
             stop = interrupted.is_set()
             if stop or done == total or (config.save_every and done % config.save_every == 0):
                 os.fsync(log.fileno())
-                state = {"optimizer": optimizer.state_dict(), "random": _random_states(device)}
+                state = {name: part.state_dict() for name, part in parts_of_state.items()}
+                state["random"] = _random_states(device)
                 weights = model.state_dict()
                 saved = save_checkpoint(folder, done, weights, state, run, keep=config.keep)
             if stop:
@@ -253,7 +270,8 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     Without warm-up, step s uses the cosine at (s - 1) / total, as PyTorch's CosineAnnealingLR
     stepped once a step: the first step has the whole rate, the last almost none.
     """
-    warmup = math.ceil(config.warmup * total)
+    share = config.warmup < 1
+    warmup = math.ceil(config.warmup * total) if share else min(int(config.warmup), total)
     if step <= warmup:
         return config.learning_rate * step / warmup
     progress = (step - 1 - warmup) / (total - warmup)
@@ -286,6 +304,43 @@ class BatchOrder(Sampler[list[int]]):
                 order = torch.randperm(self.records, generator=generator).tolist()
             first = step % per_epoch * self.batch_size
             yield order[first : first + self.batch_size]
+
+
+class _WithEpoch(Sampler[list[tuple[int, int]]]):
+    """A BatchOrder whose record numbers come with their epoch."""
+
+    def __init__(self, order: BatchOrder) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch = self.order.records // self.order.batch_size
+        for step, numbers in zip(self.order.steps, self.order, strict=True):
+            yield [(step // per_epoch, number) for number in numbers]
+
+
+class _ByEpoch:
+    """A dataset with `at`, as a loader sees it that asks for (epoch, number)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        return self.dataset.at(*key)
+
+
+def _moving_average(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
+    if config.ema is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
+
+
+def _autocast_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    if config.precision == "fp16":
+        return {"dtype": torch.float16}
+    return {"dtype": torch.bfloat16, "enabled": uses_bf16(config, device)}
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -348,26 +403,19 @@ def _optimizer(
 def _loader(
     dataset: Records, config: TrainConfig, done: int, total: int, device: torch.device
 ) -> DataLoader[Any]:
+    order = BatchOrder(len(dataset), config.batch_size, config.seed, done, total)
+    changes = hasattr(dataset, "at")
     return DataLoader(
-        cast(Any, dataset),  # typed as its own Dataset, it takes anything with a length and items
-        batch_sampler=BatchOrder(len(dataset), config.batch_size, config.seed, done, total),
-        collate_fn=collate,
+        # Typed as its own Dataset, it takes anything with items.
+        cast(Any, _ByEpoch(dataset) if changes else dataset),
+        batch_sampler=cast(Any, _WithEpoch(order) if changes else order),
+        collate_fn=config.collate,
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
         # Of its own: the loader draws a seed when it starts, which a resumed run does once more.
         generator=torch.Generator(),
         worker_init_fn=_ignore_interrupts,
     )
-
-
-def _without_padding(batch: FastGoalBatch) -> FastGoalBatch:
-    """The batch with its texts cut after their longest, which changes no result.
-
-    The text tower is causal: what stands behind the end token (the highest id) is never read.
-    """
-    longest = int(batch.lengths.max())
-    local = int(batch.local_texts.argmax(dim=1).max()) + 1
-    return batch._replace(texts=batch.texts[:, :longest], local_texts=batch.local_texts[:, :local])
 
 
 def _ignore_interrupts(_worker: int) -> None:
@@ -442,12 +490,13 @@ def _find_checkpoint(folder: Path, resume: bool | Path, run: Mapping[str, Any]) 
 def _restore(
     checkpoint: Checkpoint,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    parts_of_state: Mapping[str, Any],
     device: torch.device,
 ) -> None:
     try:
         model.load_state_dict(checkpoint.weights)
-        optimizer.load_state_dict(checkpoint.state["optimizer"])
+        for name, part in parts_of_state.items():
+            part.load_state_dict(checkpoint.state[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
     states = checkpoint.state["random"]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints import write_text_atomically
+from ..fast_goal_training import FastGoalTrainConfig
 from ..retrieval import Retrieval
-from ..training import StepRecord, TrainConfig
+from ..training import StepRecord
 from .maxsim_table import MaxSimTable
 
 
@@ -23,7 +24,7 @@ class Findings:
     parameters: int
     pretrained: str | None
     precision: str
-    config: TrainConfig
+    config: FastGoalTrainConfig
     num_photographs: int
     log: Sequence[StepRecord]
     before: Retrieval

@@ -21,12 +21,13 @@ from rich.table import Table
 from ..checkpoints import write_text_atomically
 from ..devices import parse_device
 from ..fast_goal import DEMO_CONFIG, FastGoalBatch, FastGoalModel
+from ..fast_goal_training import FastGoalTrainConfig
 from ..flism import match_pairs
 from ..glit import FastGoalDataset, GlitRecord, LocalPair, read_glit, write_glit
 from ..options import create_model, records_digest
 from ..progress import StepPrinter
 from ..retrieval import Retrieval, evaluate
-from ..training import ConfigError, TrainConfig, read_log, train, uses_bf16
+from ..training import ConfigError, read_log, train, uses_bf16
 from . import maxsim_table, pictures
 from .facts import machine_facts
 from .photographs import write_annotations
@@ -170,8 +171,8 @@ def run_demo(options: DemoOptions, console: Console) -> Path | None:
     return report
 
 
-def _config(options: DemoOptions) -> TrainConfig:
-    return TrainConfig(
+def _config(options: DemoOptions) -> FastGoalTrainConfig:
+    return FastGoalTrainConfig(
         out=options.out,
         steps=options.steps,
         batch_size=options.batch_size,

@@ -23,11 +23,11 @@ from fastgoal_models.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
 )
+from fastgoal_models.fast_goal_training import FastGoalTrainConfig
 from fastgoal_models.training import (
     BatchOrder,
     ConfigError,
     StepRecord,
-    TrainConfig,
     TrainingError,
     learning_rate,
     read_log,
@@ -89,8 +89,8 @@ def make_items(count: int = RECORDS) -> list[FastGoalBatch]:
     return items
 
 
-def make_config(out: Path, **changes) -> TrainConfig:
-    return TrainConfig(
+def make_config(out: Path, **changes) -> FastGoalTrainConfig:
+    return FastGoalTrainConfig(
         **({"out": out, "steps": STEPS, "batch_size": BATCH, "learning_rate": 1e-3} | changes)
     )
 
@@ -113,7 +113,7 @@ def assert_same_bits(first: Path, second: Path) -> None:
 
 
 def without_time(records: list[StepRecord]) -> list[StepRecord]:
-    return [record._replace(seconds=0.0) for record in records]
+    return [record._replace(seconds=0.0, images_per_second=0.0) for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +348,7 @@ def test_a_loss_that_is_not_finite_stops_without_a_checkpoint(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"learning_rate": -1.0}, "learning_rate must be 0 or more"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0"),
-        ({"warmup": 1.0}, "warmup"),
+        ({"warmup": 1.5}, "warmup"),
         ({"precision": "fp64"}, "precision must be one of"),
         ({"save_every": 0}, "save_every must be at least 1"),
         ({"seed": -1}, "seed must be 0 or more"),
@@ -418,7 +418,7 @@ def test_readers_in_other_processes_change_nothing(undisturbed, tmp_path):
 
 
 def test_weight_decay_spares_vectors_unless_published(tmp_path):
-    def groups(config: TrainConfig) -> list[tuple[int, float]]:
+    def groups(config: FastGoalTrainConfig) -> list[tuple[int, float]]:
         train(make_model(), make_items(), config, device="cpu")
         state = load_checkpoint(latest_checkpoint(config.out / "checkpoints")).state["optimizer"]
         return [(len(g["params"]), g["weight_decay"]) for g in state["param_groups"]]
@@ -429,12 +429,12 @@ def test_weight_decay_spares_vectors_unless_published(tmp_path):
         (matrices, 0.05),
         (len(parameters) - matrices, 0.0),
     ]
-    published = TrainConfig.published(tmp_path / "published", steps=1, batch_size=2)
+    published = FastGoalTrainConfig.published(tmp_path / "published", steps=1, batch_size=2)
     assert groups(published) == [(len(parameters), 0.05)]
 
 
 def test_the_published_recipe():
-    config = TrainConfig.published(Path("run"))
+    config = FastGoalTrainConfig.published(Path("run"))
     assert (config.epochs, config.steps, config.batch_size) == (10, None, 256)
     assert (config.learning_rate, config.weight_decay, config.decay_all) == (5e-6, 0.05, True)
     assert (config.warmup, config.clip_norm, config.max_logit_scale) == (0.0, None, None)
@@ -442,7 +442,7 @@ def test_the_published_recipe():
 
 
 def test_published_schedule_is_pytorchs_cosine():
-    config = TrainConfig.published(Path("run"), steps=20)
+    config = FastGoalTrainConfig.published(Path("run"), steps=20)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=5e-6)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
     for step in range(1, 21):
@@ -488,3 +488,57 @@ def test_a_half_written_log_line_is_dropped(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_bytes(log.read_bytes() + b'{"step": 3, "tot')
     assert [record.step for record in read_log(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("changes", [{"ema": 0.5}, {"warmup": 3}, {"precision": "bf16"}])
+def test_resumed_with_other_options_is_undisturbed(tmp_path, changes):
+    config = make_config(tmp_path / "a", steps=4, save_every=2, keep=None, **changes)
+    train(make_model(), make_items(), config, device="cpu")
+    again = make_config(tmp_path / "b", steps=4, save_every=2, keep=None, **changes)
+    checkpoint = tmp_path / "a" / "checkpoints" / "step-00000002"
+    train(make_model(), make_items(), again, device="cpu", resume=checkpoint)
+    last = "checkpoints/step-00000004"
+    assert_same_bits(load_checkpoint(tmp_path / "b" / last), load_checkpoint(tmp_path / "a" / last))
+
+
+def test_the_moving_average_is_kept_beside_the_weights(tmp_path):
+    config = make_config(tmp_path, steps=3, save_every=1, keep=None, ema=0.9)
+    train(make_model(), make_items(), config, device="cpu")
+    saved = [load_checkpoint(tmp_path / "checkpoints" / f"step-{step:08d}") for step in (1, 2, 3)]
+    name = "clip.visual.proj"
+    average = saved[0].weights[name]
+    for checkpoint in saved[1:]:
+        average = 0.9 * average + 0.1 * checkpoint.weights[name]
+    torch.testing.assert_close(saved[-1].state["ema"][f"module.{name}"], average)
+
+
+def test_warm_up_by_steps():
+    config = make_config(Path("run"), steps=100, warmup=4, learning_rate=1.0)
+    assert [learning_rate(step, 100, config) for step in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert learning_rate(5, 100, config) == 1.0 > learning_rate(6, 100, config)
+
+
+class ByEpoch:
+    """Items that say from which epoch they were asked for."""
+
+    def __init__(self) -> None:
+        self.items, self.asked = make_items(), []
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int):
+        raise AssertionError("the loop asks `at`")
+
+    def at(self, epoch: int, index: int):
+        self.asked.append((epoch, index))
+        return self.items[index]
+
+
+def test_items_that_change_are_asked_for_by_epoch(tmp_path):
+    dataset = ByEpoch()
+    config = make_config(tmp_path, steps=None, epochs=3)
+    train(make_model(), dataset, config, device="cpu")
+    per_epoch = len(dataset) // config.batch_size * config.batch_size
+    assert [epoch for epoch, _ in dataset.asked] == sorted([0, 1, 2] * per_epoch)
+    assert len({index for epoch, index in dataset.asked if epoch == 1}) == per_epoch
