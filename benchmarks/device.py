@@ -1,12 +1,13 @@
 """One command that measures this device: `python -m benchmarks.device`, under eight minutes.
 
     python -m benchmarks.device [--quick] [--out PATH] [--budget SECONDS] [--cpu]
-                                [--section maxsim | features | pooling | tokens] [--only TEXT]
+                                [--section maxsim | features | pooling | tokens | steps]
+                                [--only TEXT]
 
-Device facts and measured ceilings, correctness spot checks, then four sections: MaxSim and its
-contrastive loss; the contrastive losses of plain features; the text-conditioned loss; and the token
-ops. All against plain PyTorch, torch.compile, the chunked torch backend and other people's packages
-or a restatement of what was published. Parity is asserted before anything is timed; what fails or
+Device facts and measured ceilings, correctness spot checks, then five sections: MaxSim and its
+contrastive loss; the contrastive losses of plain features; the text-conditioned loss; the token
+ops; and CAFT's whole training step. All against plain PyTorch, torch.compile, the chunked torch
+backend and other people's packages or a restatement of what was published. Parity is asserted before anything is timed; what fails or
 is missing becomes a row that says why, and so does a contender whose next larger call would take
 more than a second, judging by the one before it. On a CPU the sizes are small; those of --quick are
 tiny, show that the sweep works, and measure little else. `fastgoal bench` is the same sweep with a
@@ -23,16 +24,18 @@ The JSON it writes:
                                of MaxSim; of plain features: op stage batch dim dtype contender;
                                of the text-conditioned loss: op negatives stage images
                                captions_per_image tokens dim heads dtype contender; of token ops:
-                               op stage images tokens count dim dtype contender
+                               op stage images tokens count dim dtype contender; of a training
+                               step: op stage model superpixels images captions_per_image negatives
+                               dtype contender
         status                 ok | unavailable | wrong | out of memory | failed | skipped
         reason                 why, when it is not ok
         parity                 largest relative error: {scores | loss | output | choices | gradients
                                | parameters}, the last of the gradients of scale, bias and pool;
-                               against float32, in the last two sections against float64
+                               against float32, of pooling and tokens against float64
         median_ms low_ms high_ms best_ms repeats       with the 20th and 80th percentile
         extra_bytes            peak beyond the inputs and what the call returns
         tflop_s share_of_gemm  useful FLOP; of MaxSim null when a backward is included, and always
-                               of token ops
+                               of token ops and of training steps
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ from . import (
     parity,
     pooling_parity,
     pooling_workloads,
+    step_workloads,
     token_parity,
     token_workloads,
 )
@@ -67,6 +71,7 @@ from .feature_workloads import FeatureInputs, FeatureWorkload
 from .measure import copies_past_l2, forward_backward, measure_memory, measure_time
 from .peers import Unavailable
 from .pooling_workloads import PoolingInputs, PoolingWorkload
+from .step_workloads import StepWorkload
 from .token_workloads import TokenWorkload
 from .workloads import (
     CONTENDERS,
@@ -82,7 +87,7 @@ from .workloads import (
 SCHEMA = 1
 SLOWEST_CALL = 1.0  # seconds; a longer one is not worth what it takes of the eight minutes
 
-AnyWorkload = Workload | FeatureWorkload | PoolingWorkload | TokenWorkload
+AnyWorkload = Workload | FeatureWorkload | PoolingWorkload | TokenWorkload | StepWorkload
 
 # ---------------------------------------------------------------------------------------------
 # Ceilings
@@ -217,6 +222,20 @@ def try_tokens(work: TokenWorkload, contender: str, device: torch.device, second
     )
 
 
+def try_step(work: StepWorkload, contender: str, device: torch.device, seconds: float) -> Trial:
+    """One contender at one whole training step; its activations are past any cache."""
+    inputs = step_workloads.make_inputs(work, device)
+    way = step_workloads.build(contender, work, inputs)
+    return Trial(
+        step_workloads.measure_errors(work, way, inputs),
+        step_workloads.limits(work),
+        [lambda: step_workloads.gradients(way(inputs), inputs)],
+        None,
+        min_repeats=3,
+        seconds=seconds,
+    )
+
+
 def measure_row(
     work: AnyWorkload, contender: str, device: torch.device, gemm_tflop_s: float, seconds: float
 ) -> dict[str, Any]:
@@ -227,6 +246,8 @@ def measure_row(
         trial = try_features(work, contender, device, seconds)
     elif isinstance(work, PoolingWorkload):
         trial = try_pooling(work, contender, device, seconds)
+    elif isinstance(work, StepWorkload):
+        trial = try_step(work, contender, device, seconds)
     else:
         trial = try_tokens(work, contender, device, seconds)
     row: dict[str, Any] = {"parity": trial.errors}
@@ -354,6 +375,7 @@ SECTIONS = {
         pooling_workloads.sweep, pooling_workloads.CONTENDERS, pooling_parity.run_checks
     ),
     "tokens": Section(token_workloads.sweep, token_workloads.CONTENDERS, token_parity.run_checks),
+    "steps": Section(step_workloads.sweep, step_workloads.CONTENDERS, step_workloads.run_checks),
 }
 
 
@@ -388,6 +410,8 @@ def races_in(contender: str, work: AnyWorkload) -> bool:
     if isinstance(work, TokenWorkload):
         known = contender in token_workloads.CONTENDERS
         return known and token_workloads.takes_part(contender, work)
+    if isinstance(work, StepWorkload):
+        return contender in step_workloads.CONTENDERS
     return contender in CONTENDERS and takes_part(contender, work)
 
 

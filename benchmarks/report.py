@@ -19,6 +19,7 @@ from . import (
     cpu_sections,
     feature_cpu_sections,
     pooling_workloads,
+    step_workloads,
     text_conditioned_cpu_sections,
     token_workloads,
 )
@@ -35,7 +36,7 @@ Document = dict[str, Any]
 
 WORK = ("op", "direction", "stage", "images", "texts", "text_tokens", "image_tokens", "dim",
         "dtype", "layout", "fill", "batch", "negatives", "captions_per_image", "tokens", "heads",
-        "count")  # fmt: skip
+        "count", "model", "superpixels")  # fmt: skip
 PEER_NAMES = tuple(peer.name for peer in PEERS)
 EAGER = ("eager amax", "eager max")
 FEATURE_RIVALS = tuple(name for name in FEATURE_CONTENDERS if not name.startswith("fastgoal "))
@@ -233,6 +234,20 @@ def token_promises(rows: Iterable[Row]) -> list[Promise]:
     ]  # fmt: skip
 
 
+def step_promises(rows: Iterable[Row]) -> list[Promise]:
+    """The same of whole training steps."""
+    results = Results(rows)
+    work = {"op": step_workloads.OP, "model": "caft-b", "images": 256, "negatives": SAMPLE}
+    times = (
+        results.value("median_ms", name, **work)
+        for name in (step_workloads.PUBLISHED, "fastgoal triton")
+    )
+    return [
+        Promise("CAFT-B training step, 256 images, K 8: against the published form", 3, True,
+                ratio(*times), "× faster"),
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------
@@ -246,6 +261,8 @@ def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def describe(row: Row) -> str:
+    if "model" in row:
+        return step_workloads.describe(row)
     if "negatives" in row:
         return pooling_workloads.describe(row)
     if "count" in row:
@@ -456,7 +473,9 @@ def page(documents: list[Document], plots: dict[str, str]) -> str:
     for document in gpus or [{"rows": [], "device": {"name": ""}}]:
         if document["device"]["name"]:
             parts.append(f"Measured on {document['device']['name']}:\n")
-        kinds = (promises, feature_promises, pooling_promises, token_promises)
+        kinds = (
+            promises, feature_promises, pooling_promises, token_promises, step_promises,
+        )  # fmt: skip
         promised = (promise for kind in kinds for promise in kind(document["rows"]))
         cells = (promise.cells() for promise in promised)
         parts.append(markdown_table(["", "promised", "measured", "holds"], cells))

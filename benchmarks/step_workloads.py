@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -23,11 +23,6 @@ from .step_baselines import published_hierarchical_loss, published_ops
 OP = "CAFT training step"
 PUBLISHED = "published form"
 CONTENDERS = ("fastgoal triton", "fastgoal torch", PUBLISHED)
-NOTES = {
-    PUBLISHED: "our towers with the published step's habits restated in plain PyTorch: farthest "
-    "points by a loop in float64, attention weights in memory, a query for each pair, labels row "
-    "by row"
-}
 
 
 @dataclass(frozen=True)
@@ -174,21 +169,25 @@ def _truth(work: StepWorkload, device: torch.device) -> tuple[Tensor, Tensor]:
     exact = StepWorkload(**work.as_json() | {"dtype": "float32"})
     inputs = make_inputs(exact, device)
     loss = build(PUBLISHED, exact, inputs)(inputs)
-    return loss.detach(), _gradients(loss, inputs)
+    return loss.detach(), _in_one_row(gradients(loss, inputs))
 
 
-def _gradients(loss: Tensor, inputs: StepInputs) -> Tensor:
-    gradients = torch.autograd.grad(loss, inputs.leaves, allow_unused=True, materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in gradients])
+def gradients(loss: Tensor, inputs: StepInputs) -> tuple[Tensor, ...]:
+    """Of all parameters; zeros where the loss does not depend on one."""
+    return torch.autograd.grad(loss, inputs.leaves, allow_unused=True, materialize_grads=True)
+
+
+def _in_one_row(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def measure_errors(work: StepWorkload, way: Way, inputs: StepInputs) -> dict[str, float]:
     """Relative errors of what the contender computes on these inputs."""
-    loss, gradients = _truth(work, inputs.images.device)
+    loss, wanted = _truth(work, inputs.images.device)
     found = way(inputs)
     return {
         "loss": relative_error(found.detach(), loss),
-        "gradients": relative_error(_gradients(found, inputs), gradients),
+        "gradients": relative_error(_in_one_row(gradients(found, inputs)), wanted),
     }
 
 

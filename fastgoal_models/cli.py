@@ -29,7 +29,7 @@ EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="fastgoal",
-    help="Fine-tune CLIP on long captions with FAST-GOAL.",
+    help="Train CLIP on long captions with FAST-GOAL and CAFT.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -47,10 +47,41 @@ class Preset(str, Enum):
     published = "published"
 
 
+class CaftPreset(str, Enum):
+    default = "default"
+    m3 = "3m"
+    m12 = "12m"
+    m15 = "15m"
+    m30 = "30m"
+
+
+class CaftPrecision(str, Enum):
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class SuperpixelMaker(str, Enum):
+    sfcn = "sfcn"
+    slic = "slic"
+    grid = "grid"
+
+
+class Negatives(str, Enum):
+    all = "all"
+    sample = "sample"
+
+
 class Layout(str, Enum):
     open_clip = "open-clip"
     hf = "hf"
 
+
+train_app = typer.Typer(
+    help="Train: FAST-GOAL fine-tunes a CLIP, CAFT trains its own encoders.", no_args_is_help=True
+)
+app.add_typer(train_app, name="train")
 
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")
@@ -129,8 +160,8 @@ def demo(
         _say_how_to_resume(console)
 
 
-@app.command()
-def train(
+@train_app.command("fast-goal")
+def train_fast_goal(
     data: Annotated[Path, typer.Option(help="Annotations in the GLIT format, one JSON a line.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the log.")],
     root: Annotated[
@@ -196,6 +227,96 @@ def train(
         _say_how_to_resume(console)
 
 
+@train_app.command("caft")
+def train_caft(
+    data: Annotated[
+        Path,
+        typer.Option(help="One JSON object a line: image, and caption or DreamLIP's caption keys."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the log.")],
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the images. Default: that of --data.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="caft-b, caft-s, caft-xs, or a JSON configuration.")
+    ] = "caft-b",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights to start from. Default: random weights.")
+    ] = None,
+    superpixels: Annotated[
+        SuperpixelMaker, typer.Option(help="sfcn: CAFT's network, from --checkpoint.")
+    ] = SuperpixelMaker.slic,
+    negatives: Annotated[
+        Negatives | None, typer.Option(help="Of the text-conditioned loss. Default: the preset's.")
+    ] = None,
+    preset: Annotated[
+        CaftPreset,
+        typer.Option(help="3m ... 30m: the published recipes, whose batch is 2,048 images."),
+    ] = CaftPreset.default,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published", help="Keep the published habits: sentence cuts, superpixel statistics."
+        ),
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Or passes over the data. Default: the preset's.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Default: the preset's.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Default: the preset's.")] = None,
+    ema: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Keep a moving average of the weights.")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints. Default: only at the end.")
+    ] = None,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile the towers: a slow start, fast steps."),
+    ] = False,
+    seed: SeedOption = 0,
+    resume: ResumeOption = False,
+    device: DeviceOption = None,
+    precision: Annotated[
+        CaftPrecision | None, typer.Option(help="Default: the preset's; auto is bf16 on a GPU.")
+    ] = None,
+) -> None:
+    """Train a CAFT on your own images with long and short captions."""
+    console = Console()
+    changes = {
+        "steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": lr,
+        "ema": ema, "negatives": None if negatives is None else negatives.value,
+    }  # fmt: skip
+    with _user_errors():
+        from .caft.train_command import CaftTrainOptions, run_caft_training
+
+        result = run_caft_training(
+            CaftTrainOptions(
+                data=data,
+                root=root,
+                out=out,
+                model=model,
+                checkpoint=checkpoint,
+                superpixels=superpixels.value,
+                preset=preset.value,
+                published=published,
+                changes={name: value for name, value in changes.items() if value is not None},
+                save_every=save_every,
+                num_workers=num_workers,
+                compile=compile,
+                seed=seed,
+                resume=resume,
+                device=device,
+                precision=None if precision is None else precision.value,
+            ),
+            console,
+        )
+    if result.interrupted:
+        _say_how_to_resume(console)
+
+
 @app.command(no_args_is_help=True)
 def train_open_clip(
     flags: Annotated[
@@ -240,6 +361,31 @@ def convert(
         from .convert_command import ConvertOptions, run_convert
 
         run_convert(ConvertOptions(source, target, to.value, model, force), Console())
+
+
+@app.command()
+def hierarchy(
+    image: Annotated[Path, typer.Argument(help="A photograph.")],
+    caption: Annotated[str, typer.Argument(help="Its caption, one to many sentences.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="CAFT weights, or a checkpoint folder of `fastgoal train caft`.")
+    ],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("hierarchy.png"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="caft-b, ... or a JSON file. Default: what the folder notes, or caft-b."),
+    ] = None,
+    superpixels: Annotated[
+        SuperpixelMaker | None, typer.Option(help="Default: what the folder notes, or sfcn.")
+    ] = None,
+) -> None:
+    """Draw what a CAFT found: segments level by level, and where each part of a caption looks."""
+    with _user_errors(extra="demo"):
+        from .caft.picture_command import draw_hierarchy
+
+        kind = None if superpixels is None else superpixels.value
+        draw_hierarchy(image, caption, checkpoint, out, model, kind)
+    Console().print(f"{escape(str(out))} written", soft_wrap=True)
 
 
 @app.command()

@@ -238,7 +238,8 @@ def _how_to_load(options: ConvertOptions, sizes: ClipSizes, settings: ClipSettin
     tokens = f" --context-length {sizes.text_positions}" * (sizes.text_positions not in known)
     length = f", force_context_length={sizes.text_positions}" * (sizes.text_positions != 77)
     ways = [
-        f"  fastgoal train --model {name} --pretrained {shlex.quote(target)}{tokens} ...\n"
+        f"  fastgoal train fast-goal --model {name} "
+        f"--pretrained {shlex.quote(target)}{tokens} ...\n"
         f"  open_clip.create_model({name!r}, pretrained={target!r}{length})"
         for name in names
     ]

@@ -87,31 +87,35 @@ def slic_labels(images: Tensor, steps: int = _SLIC_STEPS) -> Tensor:
         steps: assignments; the first is to the cells' own means.
     """
     height, width = images.shape[2:]
-    around = _around(images)
+    down, across = height // CELL, width // CELL
     colours = _pixels(images, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD).clamp(0, 1)
-    points = (colours * _SLIC_LEVELS).round().long().flatten(2)  # (N, 3, H W)
     rows, columns = torch.meshgrid(
         torch.arange(height, device=images.device),
         torch.arange(width, device=images.device),
         indexing="ij",
     )
-    places = torch.stack([rows, columns]).flatten(1).expand(len(images), -1, -1)
-    points = torch.cat([points, places], dim=1)  # (N, 5, H W)
-    closeness = torch.ones(5, device=images.device)
-    closeness[3:] = (_SLIC_COMPACTNESS / CELL) ** 2
-    labels = grid_labels(images).flatten(1)
-    count = (height // CELL) * (width // CELL)
-    centres = _means(points, labels, count, None)
+    places = torch.stack([rows, columns]).expand(len(images), -1, -1, -1)
+    points = torch.cat([(colours * _SLIC_LEVELS).round().long(), places], dim=1)  # (N, 5, H, W)
+    # Cell by cell: the pixels of a cell all look at the same nine superpixels.
+    points = points.unflatten(2, (down, CELL)).unflatten(4, (across, CELL)).transpose(3, 4)
+    points = points.flatten(4).flatten(2, 3)  # (N, 5, cells, pixels of a cell)
+    weight = torch.ones(5, 1, device=images.device)
+    weight[3:] = (_SLIC_COMPACTNESS / CELL) ** 2
+    candidates = _around(images)[:, ::CELL, ::CELL].flatten(1).T  # (cells, 9)
+    own = torch.arange(down * across, device=images.device)
+    labels = own[:, None].expand(len(images), -1, points.shape[3])
+    centres = _means(points.flatten(2), labels.flatten(1), len(own), None)
+    pixels = points.permute(0, 2, 3, 1).float()
     for _ in range(steps):
-        nearest = torch.full(labels.shape, torch.inf, device=images.device)
-        for candidate in around.flatten(1):
-            offset = points - centres.index_select(2, candidate)
-            distance = (offset.square() * closeness[:, None]).sum(dim=1)
-            closer = distance < nearest
-            nearest = torch.where(closer, distance, nearest)
-            labels = torch.where(closer, candidate, labels)
-        centres = _means(points, labels, count, centres)
-    return labels.view(-1, height, width)
+        # |p - c|^2 less |p|^2, which all candidates share.
+        weighted = weight * centres
+        size = (weighted * centres).sum(dim=1)[:, candidates]  # (N, cells, 9)
+        products = pixels @ weighted[:, :, candidates].transpose(1, 2)
+        nearest = (size[:, :, None] - 2 * products).argmin(dim=3)
+        labels = candidates.expand(len(images), -1, -1).gather(2, nearest)
+        centres = _means(points.flatten(2), labels.flatten(1), len(own), centres)
+    labels = labels.unflatten(2, (CELL, CELL)).unflatten(1, (down, across)).transpose(2, 3)
+    return labels.reshape(-1, height, width)
 
 
 def _means(points: Tensor, labels: Tensor, count: int, otherwise: Tensor | None) -> Tensor:

@@ -70,7 +70,7 @@ def tiny(tmp_path) -> Path:
 @pytest.fixture
 def train_arguments(data, tiny, tmp_path) -> list[object]:
     return [
-        "train", "--data", data, "--model", tiny, "--out", tmp_path / "out",
+        "train", "fast-goal", "--data", data, "--model", tiny, "--out", tmp_path / "out",
         "--context-length", 24, "--batch-size", 2, "--steps", 3, "--device", "cpu",
     ]  # fmt: skip
 
@@ -88,7 +88,8 @@ def test_version():
     [
         ([], ["demo", "train", "--version"]),
         (["demo"], ["--steps", "--pretrained", "--resume"]),
-        (["train"], ["--data", "--strict", "--preset"]),
+        (["train", "fast-goal"], ["--data", "--strict", "--preset"]),
+        (["train", "caft"], ["--data", "--superpixels", "--negatives"]),
     ],
 )
 def test_help(command, words):

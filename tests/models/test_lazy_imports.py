@@ -49,7 +49,7 @@ import sys
 from typer.testing import CliRunner
 from fastgoal_models.cli import app
 sys.modules["open_clip"] = None
-found = CliRunner().invoke(app, ["train", "--data", "x", "--out", "y"])
+found = CliRunner().invoke(app, ["train", "fast-goal", "--data", "x", "--out", "y"])
 print(found.exit_code, found.output)
 """
     said = python(code)

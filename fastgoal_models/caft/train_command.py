@@ -1,0 +1,123 @@
+"""`fastgoal train caft`: from images and their captions to a CAFT, step by step on the screen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from ..devices import parse_device
+from ..progress import StepPrinter
+from ..training import TrainingError, TrainResult, train
+from .config import CaftConfig
+from .data import CaftDataset, CaftRecord, Splitting, read_caft
+from .model import Caft
+from .training import CaftTrainConfig
+
+
+@dataclass(frozen=True)
+class CaftTrainOptions:
+    """The options of `fastgoal train caft`; `changes` are the ones that override the preset."""
+
+    data: Path
+    out: Path
+    root: Path | None = None
+    model: str = "caft-b"
+    checkpoint: Path | None = None
+    superpixels: str = "slic"
+    preset: str = "default"
+    published: bool = False
+    changes: dict[str, Any] | None = None
+    save_every: int | None = None
+    num_workers: int = 0
+    compile: bool = False
+    seed: int = 0
+    resume: bool = False
+    device: str | None = None
+    precision: str | None = None
+
+
+def run_caft_training(options: CaftTrainOptions, console: Console) -> TrainResult:
+    """Read, build, train. Raises what a user can mend (see `cli`)."""
+    config = _config(options)  # first: a mistyped option should not wait for the data
+    device = parse_device(options.device)
+    splitting = Splitting.published() if options.published else Splitting()
+    records, skipped = read_caft(options.data, options.root, splitting)
+    console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
+    if not records:
+        raise TrainingError(f"{options.data} has no usable sample")
+    model = _create(options).to(device)
+    if options.compile:
+        model.visual.compile()
+        model.transformer.compile()
+    dataset = CaftDataset(
+        records, model.tokenizer, model.config.image_size, seed=options.seed, splitting=splitting
+    )
+    start = options.checkpoint or "random weights"
+    console.print(
+        f"{len(records)} samples, {escape(options.model)} from {escape(str(start))}, "
+        f"{options.superpixels} superpixels, {device}"
+    )
+    if options.superpixels == "sfcn" and options.checkpoint is None:
+        console.print(
+            "[yellow]The superpixel network's weights are random: its segments are arbitrary. "
+            "Give --checkpoint, or --superpixels slic.[/]"
+        )
+    identity = {
+        "model": model.config.as_json(),
+        "checkpoint": None if options.checkpoint is None else str(options.checkpoint),
+        "superpixels": options.superpixels,
+        "published": options.published,
+        "data": _digest(records),
+    }
+    with StepPrinter(console) as printer:
+        result = train(
+            model,
+            dataset,
+            config,
+            device=device,
+            resume=options.resume,
+            identity=identity,
+            on_step=printer,
+        )
+    console.print(f"{result.step} of {result.total_steps} steps done: {result.checkpoint}")
+    return result
+
+
+def _create(options: CaftTrainOptions) -> Caft:
+    config = CaftConfig.load(options.model)
+    torch.manual_seed(options.seed)
+    how: dict[str, Any] = {"superpixels": options.superpixels, "published": options.published}
+    if options.checkpoint is not None:
+        return Caft.from_checkpoint(options.checkpoint, config, **how)
+    return Caft.create(config, **how)
+
+
+def _config(options: CaftTrainOptions) -> CaftTrainConfig:
+    changes: dict[str, Any] = {
+        "seed": options.seed,
+        "save_every": options.save_every,
+        "num_workers": options.num_workers,
+        **(options.changes or {}),
+    }
+    if options.precision is not None:
+        changes["precision"] = options.precision
+    if options.preset != "default":
+        return CaftTrainConfig.published(options.out, options.preset, **changes)
+    if "steps" not in changes:
+        changes.setdefault("epochs", 10)
+    return CaftTrainConfig(out=options.out, **changes)
+
+
+def _digest(records: Sequence[CaftRecord]) -> str:
+    """Sixteen hex digits that change when an image's name or a caption does."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr((record.image.name, sorted(record.captions.items()))).encode())
+    return digest.hexdigest()[:16]

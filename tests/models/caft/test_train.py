@@ -1,0 +1,120 @@
+"""Training CAFT: exact resume, recipes, scales in bounds, and the commands from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastgoal_models.caft import Caft, CaftConfig
+from fastgoal_models.caft.training import RECIPES, TERMS, CaftTrainConfig
+from fastgoal_models.checkpoints import load_checkpoint
+from fastgoal_models.cli import app
+from fastgoal_models.errors import ConfigError
+from fastgoal_models.synthetic import SyntheticCaft, draw, scene
+from fastgoal_models.training import read_log, train
+
+TINY = {
+    "embed_dim": 32, "pool_heads": 2,
+    "vision_cfg": {"image_size": 32, "width": 32, "heads": 2, "layers": [1, 1, 1, 1],
+                   "tokens": [4, 3, 2]},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1,
+                 "parts": 4, "whole_layers": 1, "adapter_width": 16},
+}  # fmt: skip
+
+
+def make_model() -> Caft:
+    torch.manual_seed(0)
+    return Caft.create(TINY, superpixels="slic")
+
+
+def make_config(out: Path, **changes) -> CaftTrainConfig:
+    return CaftTrainConfig(
+        **{"out": out, "steps": 4, "batch_size": 4, "save_every": 2, "keep": None} | changes
+    )
+
+
+@pytest.mark.parametrize("negatives", ["all", "sample"])
+def test_resumed_is_undisturbed_bit_for_bit(tmp_path, negatives):
+    """Dropout, sampled negatives and the parts of each epoch's captions included."""
+    dataset = SyntheticCaft(8, 32, make_model().tokenizer)
+    train(make_model(), dataset, make_config(tmp_path / "a", negatives=negatives), device="cpu")
+    checkpoint = tmp_path / "a" / "checkpoints" / "step-00000002"
+    torch.manual_seed(99)
+    config = make_config(tmp_path / "b", negatives=negatives)
+    train(make_model(), dataset, config, device="cpu", resume=checkpoint)
+    one, two = (load_checkpoint(tmp_path / run / "checkpoints" / "step-00000004") for run in "ab")
+    assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
+    logs = [[(record.step, record.losses) for record in read_log(tmp_path / run)] for run in "ab"]
+    assert logs[1] == logs[0][2:] and set(logs[0][0][1]) == {"loss", *TERMS}
+
+
+def test_terms_can_be_left_out_and_scales_stay_in_bounds(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.logit_scale_coarse.fill_(4.0)
+    dataset = SyntheticCaft(8, 32, model.tokenizer)
+    config = make_config(tmp_path, steps=2, terms=("whole_loss",), learning_rate=0.5, warmup=0.0)
+    train(model, dataset, config, device="cpu")
+    assert set(read_log(tmp_path)[0].losses) == {"loss", "whole_loss"}
+    assert 0 <= model.logit_scale_coarse.item() <= 4
+    assert 0 <= model.logit_scale.item() <= math.log(100) + 1e-6
+
+
+def test_published_recipes():
+    found = {name: CaftTrainConfig.published(Path("run"), name) for name in RECIPES}
+    for config in found.values():
+        assert (config.betas, config.warmup, config.epochs) == ((0.9, 0.98), 2000, 32)
+        assert (config.precision, config.negatives, config.batch_size) == ("fp16", "sample", 2048)
+    table = {
+        name: (c.learning_rate, c.weight_decay, c.eps, c.clip_norm) for name, c in found.items()
+    }
+    assert table == {
+        "3m": (5e-4, 0.5, 1e-8, None),
+        "12m": (5e-4, 0.5, 1e-8, 1.0),
+        "15m": (1.67e-4, 0.5, 1e-6, 1.0),
+        "30m": (5e-4, 0.2, 1e-6, None),
+    }
+    with pytest.raises(ConfigError, match=r"recipe must be one of .*got '5m'"):
+        CaftTrainConfig.published(Path("run"), "5m")
+    with pytest.raises(ConfigError, match="negatives must be"):
+        make_config(Path("run"), negatives="hard")
+    with pytest.raises(ConfigError, match="terms must be some of"):
+        make_config(Path("run"), terms=("part_loss",))
+
+
+def test_from_a_folder_to_a_checkpoint_and_a_picture(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(CaftConfig.load(TINY).as_json()))
+    rows = []
+    for number in range(6):
+        draw(scene(number), 64).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "longSV_captions": scene(number).caption})
+    rows.append({"image": "gone.png", "caption": "A cat."})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [
+        "train", "caft", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "run",
+        "--model", tmp_path / "tiny.json", "--steps", 3, "--batch-size", 3, "--save-every", 2,
+        "--device", "cpu",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, [str(word) for word in command])
+    assert done.exit_code == 0, done.output
+    assert "6 records read, 1 skipped" in done.output and "image can not be used" in done.output
+    again = CliRunner().invoke(app, [str(word) for word in [*command, "--resume"]])
+    assert again.exit_code == 0, again.output
+    picture = tmp_path / "seen.png"
+    command = [
+        "hierarchy", tmp_path / "0.png", scene(0).caption, "--out", picture, "--checkpoint",
+        tmp_path / "run" / "checkpoints" / "step-00000003",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, [str(word) for word in command])
+    assert done.exit_code == 0, done.output
+    with Image.open(picture) as drawn:
+        assert drawn.width > 800
+    command[-1] = tmp_path / "nowhere.pt"
+    done = CliRunner().invoke(app, [str(word) for word in command])
+    assert done.exit_code == 2 and "there is no file" in done.output
