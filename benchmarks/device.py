@@ -7,7 +7,8 @@
 Device facts and measured ceilings, correctness spot checks, then five sections: MaxSim and its
 contrastive loss; the contrastive losses of plain features; the text-conditioned loss; the token
 ops; and CAFT's whole training step. All against plain PyTorch, torch.compile, the chunked torch
-backend and other people's packages or a restatement of what was published. Parity is asserted before anything is timed; what fails or
+backend and other people's packages or a restatement of what was published. Parity is asserted
+before anything is timed; what fails or
 is missing becomes a row that says why, and so does a contender whose next larger call would take
 more than a second, judging by the one before it. On a CPU the sizes are small; those of --quick are
 tiny, show that the sweep works, and measure little else. `fastgoal bench` is the same sweep with a
