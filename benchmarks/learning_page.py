@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,7 +36,10 @@ def render(runs: Path, command: str) -> None:
         "rows": rows,
     }  # fmt: skip
     write(document, facts.ROOT / "benchmarks" / "results" / "learning.json")
-    _draw_losses(rows, facts.ROOT / "docs" / "learning" / "losses.png")
+    pictures = facts.ROOT / "docs" / "learning"
+    _draw_losses(rows, pictures / "losses.png")
+    if (runs / "caft-0.png").is_file():
+        shutil.copyfile(runs / "caft-0.png", pictures / "caft.png")
     (facts.ROOT / "docs" / "learning.md").write_text(page(document), "utf-8")
 
 
@@ -108,6 +112,11 @@ attention: its pointing is that of random weights.
 
 {conclusions(rows)}
 ![Losses](learning/losses.png)
+
+A held-out scene as CAFT sees it after training with its whole loss (first seed): the segments of
+its levels, and below where each part of the caption looks. Superpixels are the plain grid here.
+
+![CAFT's segments and attention](learning/caft.png)
 """
 
 
@@ -130,10 +139,11 @@ def conclusions(rows: list[Row]) -> str:
 
         lines.append(
             f"- **{name}**: pointing {mean('full', 'pointing'):.1f} % with the whole loss, "
-            f"{mean('global', 'pointing'):.1f} % with the global loss alone; R@1 "
+            f"{mean('global', 'pointing'):.1f} %\n  with the global loss alone; R@1 "
             f"{mean('full', 'text_to_image'):.1f} and {mean('global', 'text_to_image'):.1f} % from "
-            f"text to image, {mean('full', 'image_to_text'):.1f} and "
-            f"{mean('global', 'image_to_text'):.1f} % from image to text."
+            f"text to image,\n  {mean('full', 'image_to_text'):.1f} and "
+            f"{mean('global', 'image_to_text'):.1f} % from image to text. Seeds: "
+            f"{min(len(pairs['full']), len(pairs['global']))} of 3."
         )
     return "\n".join(lines) + "\n"
 
