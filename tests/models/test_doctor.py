@@ -205,7 +205,7 @@ def test_a_forced_backend_that_can_not_serve_is_refused_not_wrong(clean, monkeyp
     assert not well and "No loss could be tested" in text
     assert {r["status"] for r in document["self_test"]["results"]} == {"refused"}
     assert all(c["backend"] is None for c in document["facts"]["choices"]["cpu"])
-    assert "can not serve maxsim_scores on cpu and 13 more" in text
+    assert "can not serve maxsim_scores on cpu and 15 more" in text
 
 
 def test_no_loss_starts_late():

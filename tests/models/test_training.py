@@ -498,7 +498,7 @@ def test_resumed_with_other_options_is_undisturbed(tmp_path, changes):
     checkpoint = tmp_path / "a" / "checkpoints" / "step-00000002"
     train(make_model(), make_items(), again, device="cpu", resume=checkpoint)
     last = "checkpoints/step-00000004"
-    assert_same_bits(load_checkpoint(tmp_path / "b" / last), load_checkpoint(tmp_path / "a" / last))
+    assert_same_bits(tmp_path / "b" / last, tmp_path / "a" / last)
 
 
 def test_the_moving_average_is_kept_beside_the_weights(tmp_path):
