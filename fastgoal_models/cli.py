@@ -93,6 +93,10 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Weights (if random) and da
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")
 ]
+TensorBoardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="Also write curves below --out for TensorBoard.")
+]
+WandbOption = Annotated[bool, typer.Option("--wandb", help="Also send curves to Weights & Biases.")]
 PretrainedOption = Annotated[
     str | None,
     typer.Option(help="An open_clip tag of --model, or a weights file. Default: random weights."),
@@ -196,6 +200,8 @@ def train_fast_goal(
     resume: ResumeOption = False,
     device: DeviceOption = None,
     precision: PrecisionOption = Precision.auto,
+    tensorboard: TensorBoardOption = False,
+    wandb: WandbOption = False,
 ) -> None:
     """Fine-tune an open_clip model on your own images and long captions."""
     console = Console()
@@ -220,6 +226,8 @@ def train_fast_goal(
                 resume=resume,
                 device=device,
                 precision=precision.value,
+                tensorboard=tensorboard,
+                wandb=wandb,
             ),
             console,
         )
@@ -282,6 +290,8 @@ def train_caft(
     precision: Annotated[
         CaftPrecision | None, typer.Option(help="Default: the preset's; auto is bf16 on a GPU.")
     ] = None,
+    tensorboard: TensorBoardOption = False,
+    wandb: WandbOption = False,
 ) -> None:
     """Train a CAFT on your own images with long and short captions."""
     console = Console()
@@ -310,6 +320,8 @@ def train_caft(
                 resume=resume,
                 device=device,
                 precision=None if precision is None else precision.value,
+                tensorboard=tensorboard,
+                wandb=wandb,
             ),
             console,
         )

@@ -58,10 +58,11 @@ class StepPrinter:
         parts = "  ".join(
             f"{name.removesuffix('_loss')} {value:.4f}" for name, value in record.losses.items()
         )
+        skipped = f"  {record.skipped_steps} skipped" if record.skipped_steps else ""
         width = len(str(record.total_steps))
         self.console.print(
             f"step {record.step:>{width}}/{record.total_steps}  {parts}  "
-            f"lr {record.learning_rate:.1e}  {rate:.2f} steps/s",
+            f"lr {record.learning_rate:.1e}  {rate:.2f} steps/s{skipped}",
             highlight=False,
             soft_wrap=True,
         )

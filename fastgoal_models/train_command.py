@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from .fast_goal_training import FastGoalTrainConfig
 from .flism import match_pairs
 from .glit import FastGoalDataset, GlitRecord, read_glit
 from .options import create_model, records_digest
-from .progress import StepPrinter
+from .trackers import trackers, watched
 from .training import TrainingError, TrainResult, train, uses_bf16
 
 
@@ -38,12 +38,21 @@ class TrainOptions:
     resume: bool = False
     device: str | None = None
     precision: str = "auto"
+    tensorboard: bool = False
+    wandb: bool = False
 
 
 def run_training(options: TrainOptions, console: Console) -> TrainResult:
     """Read, match where pairs are missing, train. Raises what a user can mend (see `cli`)."""
     config = _config(options)  # first: a mistyped option should not wait for the data
     device = parse_device(options.device)
+    others = trackers(
+        options.out,
+        asdict(options) | asdict(config),
+        tensorboard=options.tensorboard,
+        wandb=options.wandb,
+        resume=options.resume,
+    )
     records, skipped = read_glit(options.data, root=options.root, strict=options.strict)
     console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
     if not records:
@@ -64,7 +73,7 @@ def run_training(options: TrainOptions, console: Console) -> TrainResult:
         "context_length": options.context_length,
         "data": records_digest(records),
     }
-    with StepPrinter(console) as printer:
+    with watched(console, others) as on_step:
         result = train(
             model,
             dataset,
@@ -72,7 +81,7 @@ def run_training(options: TrainOptions, console: Console) -> TrainResult:
             device=device,
             resume=options.resume,
             identity=identity,
-            on_step=printer,
+            on_step=on_step,
         )
     console.print(f"{result.step} of {result.total_steps} steps done: {result.checkpoint}")
     return result

@@ -43,6 +43,9 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 # These say where and how often to write, or how fast to read: a resumed run may change them.
 _FREE_TO_CHANGE = ("out", "save_every", "keep", "num_workers")
 
+# A scaler starts at 2^16 and halves with every overflow: below this it is not the scale's fault.
+_SMALLEST_SCALE = 1e-4
+
 
 class TrainingError(UserError, RuntimeError):
     """Training can not start or go on; the message says why and what to do."""
@@ -129,6 +132,7 @@ class StepRecord(NamedTuple):
     seconds: float
     images_per_second: float = 0.0
     peak_bytes: int | None = None  # of the CUDA device's memory since the run began
+    skipped_steps: int = 0  # so far, for gradients that overflowed fp16: no weight moved in those
 
 
 class TrainResult(NamedTuple):
@@ -176,8 +180,9 @@ def train(
         on_step: called after each step.
 
     Raises:
-        TrainingError: too few records, checkpoints in the way, a loss that is not finite (the
-            weights since the last checkpoint are then lost on purpose).
+        TrainingError: too few records, checkpoints in the way, a loss or gradient that is not
+            finite (the weights since the last checkpoint are then lost on purpose). In fp16 a step
+            whose gradient overflowed is left out and counted, and the run goes on.
         CheckpointError: nothing to resume from, a damaged checkpoint, or one of a run that was
             started differently; the message names the fields.
     """
@@ -196,11 +201,12 @@ def train(
     parts_of_state: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler}
     if average is not None:
         parts_of_state["ema"] = average
-    done, saved = 0, None
+    done, skipped, saved = 0, 0, None
     if resume is not False:
         checkpoint = _find_checkpoint(folder, resume, run)
         _restore(checkpoint, model, parts_of_state, device)
         done, saved = checkpoint.step, checkpoint.path
+        skipped = checkpoint.state.get("skipped_steps", 0)  # older runs did not count
     elif latest_checkpoint(folder) is not None:
         raise TrainingError(f"{folder} already holds checkpoints: resume, or choose another folder")
     _keep_log_until(log_path, done)
@@ -234,16 +240,19 @@ def train(
                 {"loss": loss, **parts}, norm, config.log_scale(model)
             )  # waits for the device
             now = time.perf_counter()
+            overflowed = scaler.is_enabled() and not math.isfinite(values[1])
+            skipped += overflowed
             record = StepRecord(
                 step, total, *values, learning_rate=rate, seconds=now - began,
                 images_per_second=config.batch_size / max(now - began, 1e-9),
                 peak_bytes=(
                     torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
                 ),
+                skipped_steps=skipped,
             )  # fmt: skip
             began = now
-            # A scaler leaves out a step whose gradients overflowed, and goes on with smaller ones.
-            finite = math.isfinite(record.gradient_norm) or scaler.is_enabled()
+            forgiven = overflowed and scaler.get_scale() >= _SMALLEST_SCALE
+            finite = math.isfinite(record.gradient_norm) or forgiven
             if not math.isfinite(record.losses["loss"]) or not finite:
                 raise TrainingError(_not_finite(record, saved))
             done = step
@@ -256,6 +265,7 @@ def train(
                 os.fsync(log.fileno())
                 state = {name: part.state_dict() for name, part in parts_of_state.items()}
                 state["random"] = _random_states(device)
+                state["skipped_steps"] = skipped
                 weights = model.state_dict()
                 saved = save_checkpoint(folder, done, weights, state, run, keep=config.keep)
             if stop:

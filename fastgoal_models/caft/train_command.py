@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..devices import parse_device
-from ..progress import StepPrinter
+from ..trackers import trackers, watched
 from ..training import TrainingError, TrainResult, train
 from .config import CaftConfig
 from .data import CaftDataset, CaftRecord, Splitting, read_caft
@@ -41,12 +41,21 @@ class CaftTrainOptions:
     resume: bool = False
     device: str | None = None
     precision: str | None = None
+    tensorboard: bool = False
+    wandb: bool = False
 
 
 def run_caft_training(options: CaftTrainOptions, console: Console) -> TrainResult:
     """Read, build, train. Raises what a user can mend (see `cli`)."""
     config = _config(options)  # first: a mistyped option should not wait for the data
     device = parse_device(options.device)
+    others = trackers(
+        options.out,
+        asdict(options) | asdict(config),
+        tensorboard=options.tensorboard,
+        wandb=options.wandb,
+        resume=options.resume,
+    )
     splitting = Splitting.published() if options.published else Splitting()
     records, skipped = read_caft(options.data, options.root, splitting)
     console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
@@ -76,7 +85,7 @@ def run_caft_training(options: CaftTrainOptions, console: Console) -> TrainResul
         "published": options.published,
         "data": _digest(records),
     }
-    with StepPrinter(console) as printer:
+    with watched(console, others) as on_step:
         result = train(
             model,
             dataset,
@@ -84,7 +93,7 @@ def run_caft_training(options: CaftTrainOptions, console: Console) -> TrainResul
             device=device,
             resume=options.resume,
             identity=identity,
-            on_step=printer,
+            on_step=on_step,
         )
     console.print(f"{result.step} of {result.total_steps} steps done: {result.checkpoint}")
     return result

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,12 @@ def test_bad_options(train_arguments, tmp_path, arguments, words):
 )
 def test_mistyped_options(train_arguments, arguments):
     assert run(*train_arguments, *arguments).exit_code == 2
+
+
+def test_trackers_that_are_not_installed(train_arguments, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert_refused(run(*train_arguments, "--wandb"), "pip install wandb")
+    assert_nothing_written(tmp_path / "out")
 
 
 def test_a_damaged_checkpoint_is_refused(train_arguments, tmp_path):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -542,3 +542,44 @@ def test_items_that_change_are_asked_for_by_epoch(tmp_path):
     per_epoch = len(dataset) // config.batch_size * config.batch_size
     assert [epoch for epoch, _ in dataset.asked] == sorted([0, 1, 2] * per_epoch)
     assert len({index for epoch, index in dataset.asked if epoch == 1}) == per_epoch
+
+
+def test_fp16_leaves_out_what_overflows_and_resumes_with_its_scale(tmp_path):
+    """The first scale, 2^16, is too large for this model: steps are left out until it fits."""
+
+    def config(out: str) -> FastGoalTrainConfig:
+        return make_config(tmp_path / out, precision="fp16", save_every=1, keep=None)
+
+    train(make_model(), make_items(), config("a"), device="cpu")
+    log = read_log(tmp_path / "a")
+    skipped = [not math.isfinite(record.gradient_norm) for record in log]
+    assert skipped[0] and not all(skipped)
+    assert [record.skipped_steps for record in log] == list(accumulate(skipped))
+    saved = [tmp_path / "a" / "checkpoints" / f"step-{step:08d}" for step in range(1, STEPS + 1)]
+    projections = [
+        make_model().clip.visual.proj,
+        *(weights_of(p)["clip.visual.proj"] for p in saved),
+    ]
+    assert [torch.equal(before, after) for before, after in pairwise(projections)] == skipped
+    train(make_model(), make_items(), config("b"), device="cpu", resume=saved[0])
+    assert_same_bits(final(tmp_path / "b"), final(tmp_path / "a"))
+    assert [record.skipped_steps for record in read_log(tmp_path / "b")] == [
+        record.skipped_steps for record in log[1:]
+    ]
+
+
+class Broken(NoisyModel):
+    """A finite loss whose gradient never is."""
+
+    def forward(self, batch):
+        features = super().forward(batch)
+        zero = (features["image_features"] * 0).sum()
+        return features | {"image_features": features["image_features"] + zero.abs().sqrt()}
+
+
+def test_fp16_does_not_leave_out_steps_for_ever(tmp_path):
+    torch.manual_seed(3)
+    model = Broken.create(CLIP, context_length=CONTEXT)
+    config = make_config(tmp_path, steps=60, precision="fp16")
+    with pytest.raises(TrainingError, match=r"not finite at step (29|30|31) .*gradient norm nan"):
+        train(model, make_items(), config, device="cpu")
