@@ -239,7 +239,10 @@ def train_fast_goal(
 def train_caft(
     data: Annotated[
         Path,
-        typer.Option(help="One JSON object a line: image, and caption or DreamLIP's caption keys."),
+        typer.Option(
+            help="One JSON object a line: image, and caption or DreamLIP's caption keys. Or "
+            "webdataset shards with those keys: 'part-*.tar', in quotes."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the log.")],
     root: Annotated[

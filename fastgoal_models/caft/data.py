@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from open_clip import SimpleTokenizer
@@ -41,6 +41,9 @@ CAPTION_KEYS = (
     "shortLLA_captions", "longLLA_captions",
 )  # fmt: skip
 """the keys of DreamLIP's shards"""
+
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+"""of a shard's images"""
 
 Sentences = dict[str, list[str]]
 """the sentences of each caption of a sample, by its name"""
@@ -99,11 +102,33 @@ def captions_of(row: Mapping[str, Any], splitting: Splitting) -> Sentences:
     return found
 
 
+class CaftSample(Protocol):
+    """What a data set needs of a sample, wherever it lies."""
+
+    @property
+    def captions(self) -> Sentences: ...
+
+    def load(self) -> Image.Image:
+        """The picture, upright and RGB."""
+        ...
+
+
+class CaftSamples(Protocol):
+    """Samples by place."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> CaftSample: ...
+
+
 class CaftRecord(NamedTuple):
     """One sample of a folder."""
 
     image: Path
     captions: Sentences
+
+    def load(self) -> Image.Image:
+        return load_image(self.image)
 
 
 def read_caft(
@@ -122,7 +147,7 @@ def read_caft(
     with jsonl.open("rb") as file:
         for number, line in json_lines(file):
             try:
-                row = _row(line, f"line {number}")
+                row = json_object(line, f"line {number}")
                 if not isinstance(row.get("image"), str):
                     raise Unusable("line is not an object with an image", f"line {number}")
                 path = inside(folder, row["image"], f"line {number} ({row['image']})")
@@ -138,7 +163,8 @@ def read_caft(
     return records, report
 
 
-def _row(line: bytes, name: str) -> dict[str, Any]:
+def json_object(line: bytes, name: str) -> dict[str, Any]:
+    """The JSON object in a line or a file called `name`. Raises Unusable."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -151,7 +177,7 @@ def _row(line: bytes, name: str) -> dict[str, Any]:
 
 
 class CaftDataset:
-    """Samples of a folder; each epoch has other parts and extras of an image's captions.
+    """Samples of a folder or of shards; each epoch has other parts and extras of their captions.
 
     `at(epoch, index)` is a function of the seed, the epoch and the index alone: the same in every
     worker and after every resume. Images are squashed to S x S, without augmentation.
@@ -161,7 +187,7 @@ class CaftDataset:
 
     def __init__(
         self,
-        records: Sequence[CaftRecord],
+        records: CaftSamples,
         tokenizer: SimpleTokenizer,
         image_size: int,
         *,
@@ -170,7 +196,7 @@ class CaftDataset:
     ) -> None:
         if not records:
             raise UserError("there are no samples to train on")
-        self.records, self.tokenizer, self.image_size = list(records), tokenizer, image_size
+        self.records, self.tokenizer, self.image_size = records, tokenizer, image_size
         self.seed, self.splitting = seed, splitting or Splitting()
 
     def __len__(self) -> int:
@@ -184,7 +210,7 @@ class CaftDataset:
         record = self.records[index]
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         texts = training_captions(record.captions, rng, join=self.splitting.join)
-        image = image_tensor(load_image(record.image), self.image_size)
+        image = image_tensor(record.load(), self.image_size)
         return CaftBatch(image, text_rows(texts, self.tokenizer))
 
 
@@ -235,7 +261,7 @@ def shard_samples(
         key = str(sample.get("__key__", ""))
         try:
             image = _decoded(sample, key)
-            captions = captions_of(_row(sample.get("json", b"{}"), key), splitting)
+            captions = captions_of(json_object(sample.get("json", b"{}"), key), splitting)
         except Unusable as unusable:
             report.add(unusable.reason, unusable.name or key)
             continue
@@ -246,7 +272,7 @@ def shard_samples(
 
 
 def _decoded(sample: Mapping[str, Any], key: str) -> Image.Image:
-    data = next((sample[end] for end in ("jpg", "jpeg", "png", "webp") if end in sample), None)
+    data = next((sample[end] for end in IMAGE_ENDINGS if end in sample), None)
     if not data:
         raise Unusable("sample has no image", key)
     return decode_image(data, key)

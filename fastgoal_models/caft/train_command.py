@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..devices import parse_device
+from ..errors import ConfigError
+from ..glit import SkipReport
 from ..trackers import trackers, watched
 from ..training import TrainingError, TrainResult, train
 from .config import CaftConfig
-from .data import CaftDataset, CaftRecord, Splitting, read_caft
+from .data import CaftDataset, CaftRecord, CaftSamples, Splitting, read_caft
 from .model import Caft
+from .shards import read_shards
 from .training import CaftTrainConfig
 
 
@@ -57,7 +60,7 @@ def run_caft_training(options: CaftTrainOptions, console: Console) -> TrainResul
         resume=options.resume,
     )
     splitting = Splitting.published() if options.published else Splitting()
-    records, skipped = read_caft(options.data, options.root, splitting)
+    records, skipped, digest = _read(options, splitting)
     console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
     if not records:
         raise TrainingError(f"{options.data} has no usable sample")
@@ -83,7 +86,7 @@ def run_caft_training(options: CaftTrainOptions, console: Console) -> TrainResul
         "checkpoint": None if options.checkpoint is None else str(options.checkpoint),
         "superpixels": options.superpixels,
         "published": options.published,
-        "data": _digest(records),
+        "data": digest,
     }
     with watched(console, others) as on_step:
         result = train(
@@ -97,6 +100,17 @@ def run_caft_training(options: CaftTrainOptions, console: Console) -> TrainResul
         )
     console.print(f"{result.step} of {result.total_steps} steps done: {result.checkpoint}")
     return result
+
+
+def _read(options: CaftTrainOptions, splitting: Splitting) -> tuple[CaftSamples, SkipReport, str]:
+    """Usable samples, what was skipped, and sixteen hex digits that change with the samples."""
+    if options.data.suffix == ".tar":
+        if options.root is not None:
+            raise ConfigError("--root is the folder of a JSONL file's images; shards hold theirs")
+        samples, skipped = read_shards(options.data, splitting)
+        return samples, skipped, samples.digest
+    records, skipped = read_caft(options.data, options.root, splitting)
+    return records, skipped, _digest(records)
 
 
 def _create(options: CaftTrainOptions) -> Caft:
