@@ -118,3 +118,20 @@ def test_from_a_folder_to_a_checkpoint_and_a_picture(tmp_path):
     command[-1] = tmp_path / "nowhere.pt"
     done = CliRunner().invoke(app, [str(word) for word in command])
     assert done.exit_code == 2 and "there is no file" in done.output
+
+
+@pytest.mark.slow
+def test_compiled_towers_train_alike_and_keep_their_names(tmp_path):
+    """Dynamo traces both towers as they train, beside a moving average, which copies the model."""
+    plain, compiled = make_model(), make_model()
+    compiled.visual.compile(backend="eager")
+    compiled.transformer.compile(backend="eager")
+    dataset = SyntheticCaft(8, 32, plain.tokenizer)
+    for out, model in (("a", plain), ("b", compiled)):
+        config = make_config(tmp_path / out, steps=2, ema=0.9)
+        train(model, dataset, config, device="cpu")
+    one, two = (load_checkpoint(tmp_path / run / "checkpoints" / "step-00000002") for run in "ab")
+    assert one.weights.keys() == two.weights.keys()
+    for name, tensor in one.weights.items():
+        torch.testing.assert_close(two.weights[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    assert one.state["ema"].keys() == two.state["ema"].keys()
