@@ -97,6 +97,15 @@ TensorBoardOption = Annotated[
     bool, typer.Option("--tensorboard", help="Also write curves below --out for TensorBoard.")
 ]
 WandbOption = Annotated[bool, typer.Option("--wandb", help="Also send curves to Weights & Biases.")]
+RootOption = Annotated[
+    Path | None, typer.Option(help="Folder of the images. Default: that of --data.")
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="open_clip model name, a JSON config, or the folder of a run of `fastgoal train`."
+    ),
+]
 PretrainedOption = Annotated[
     str | None,
     typer.Option(help="An open_clip tag of --model, or a weights file. Default: random weights."),
@@ -164,13 +173,81 @@ def demo(
         _say_how_to_resume(console)
 
 
+@app.command()
+def prepare(
+    data: Annotated[Path, typer.Option(help="One JSON object a line: image and caption.")],
+    out: Annotated[Path, typer.Option(help="The GLIT file to write.")],
+    root: RootOption = None,
+    model: ModelOption = "ViT-B-16",
+    pretrained: PretrainedOption = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(
+            help="transformers:NAME_OR_FOLDER, torchvision:ARCHITECTURE=WEIGHTS, or a .jsonl file "
+            "of boxes. Default: only the five fixed regions."
+        ),
+    ] = None,
+    detector_only: Annotated[
+        bool, typer.Option("--detector-only", help="Leave the five fixed regions out.")
+    ] = False,
+    most_boxes: Annotated[
+        int, typer.Option(min=1, help="Boxes of the detector that are kept, the surest.")
+    ] = 32,
+    least_area: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the picture a detector's box must have.")
+    ] = 0.0,
+    keep_pairs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Best pairs to keep. Default: one for every sentence."),
+    ] = None,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published", help="Cut captions at every full stop, as published code does."
+        ),
+    ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Make only a share of the parts, e.g. 2/8; the last one joins them."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Crops encoded at once.")] = 64,
+    device: DeviceOption = None,
+    precision: PrecisionOption = Precision.auto,
+) -> None:
+    """Find local pairs: which sentence of a caption tells of which part of its picture.
+
+    Stop it whenever you like: the same command goes on where it was.
+    """
+    console = Console()
+    with _user_errors():
+        from .flism import RegionRules
+        from .prepare_command import PrepareOptions, run_prepare
+
+        run_prepare(
+            PrepareOptions(
+                data=data,
+                out=out,
+                root=root,
+                model=model,
+                pretrained=pretrained,
+                detector=detector,
+                rules=RegionRules(not detector_only, most_boxes, least_area),
+                keep_pairs=keep_pairs,
+                published=published,
+                shard=shard,
+                batch_size=batch_size,
+                device=device,
+                bfloat16=None if precision is Precision.auto else precision is Precision.bf16,
+            ),
+            console,
+        )
+
+
 @train_app.command("fast-goal")
 def train_fast_goal(
     data: Annotated[Path, typer.Option(help="Annotations in the GLIT format, one JSON a line.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the log.")],
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the images. Default: that of --data.")
-    ] = None,
+    root: RootOption = None,
     model: Annotated[
         str, typer.Option(help="open_clip model name, or a JSON config.")
     ] = "ViT-B-16",
@@ -245,9 +322,7 @@ def train_caft(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the log.")],
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the images. Default: that of --data.")
-    ] = None,
+    root: RootOption = None,
     model: Annotated[
         str, typer.Option(help="caft-b, caft-s, caft-xs, or a JSON configuration.")
     ] = "caft-b",

@@ -1,20 +1,26 @@
 """FLISM, FAST-GOAL's local pairs (arXiv 2605.26615): which sentence tells of which region.
 
-Its five fixed regions, here without a detector's boxes: the four quadrants and the centre.
+Regions are the four quadrants, the centre and what a detector finds; sentences and crops are
+embedded by a CLIP, and each sentence takes its most similar region.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from open_clip import SimpleTokenizer
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .detectors import Detection, Detector
+from .errors import ConfigError
+from .fast_goal import FastGoalModel
 from .glit import Box, GlitRecord, LocalPair, crop_region, image_tensor, load_image
 
 
@@ -24,6 +30,47 @@ class Encoder(Protocol):
     def encode_image(self, images: Tensor, /) -> Tensor: ...
 
     def encode_text(self, texts: Tensor, /) -> Tensor: ...
+
+
+class Region(NamedTuple):
+    """A part of a picture that a sentence may tell of."""
+
+    name: str
+    """"upper left", …, or what a detector calls it"""
+    box: Box
+    score: float | None = None
+    """the detector's"""
+
+
+@dataclass(frozen=True)
+class RegionRules:
+    """Which parts of a picture are looked at."""
+
+    fixed: bool = True
+    """the four quadrants and the centre; without them a picture may have no region at all"""
+    most: int = 32
+    """boxes of a detector that are kept, the surest ones"""
+    least_area: float = 0.0
+    """share of the picture that a detector's box must have"""
+
+    def __post_init__(self) -> None:
+        if self.most < 0:
+            raise ConfigError(f"most must be 0 or more; got {self.most}")
+        if not 0 <= self.least_area <= 1:
+            raise ConfigError(f"least_area is a share, from 0 to 1; got {self.least_area}")
+
+    def regions(self, width: int, height: int, found: Sequence[Detection] = ()) -> list[Region]:
+        """The regions of a picture: the fixed ones, then a detector's, cut to the picture."""
+        fixed = fixed_regions(width, height) if self.fixed else {}
+        regions = [Region(name, box) for name, box in fixed.items()]
+        for detection in found:
+            x1, y1, x2, y2 = detection.box
+            box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+            area = (box[2] - box[0]) * (box[3] - box[1])
+            real = box[0] < box[2] and box[1] < box[3]  # False for NaN, too
+            if real and area >= self.least_area * width * height:
+                regions.append(Region(detection.label, box, detection.score))
+        return regions[: len(fixed) + self.most]
 
 
 def fixed_regions(width: int, height: int) -> dict[str, Box]:
@@ -45,13 +92,14 @@ def best_pair(record: GlitRecord) -> LocalPair:
     return record.pairs[0]
 
 
-@torch.no_grad()
 def match_pairs(
     model: Encoder,
     records: Sequence[GlitRecord],
     *,
     tokenizer: SimpleTokenizer | None = None,
     image_size: int | None = None,
+    detector: Detector | None = None,
+    rules: RegionRules | None = None,
     batch_size: int = 64,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -63,29 +111,149 @@ def match_pairs(
     default to the model's own, `device` to where the model is. The model's training mode is put
     back afterwards.
 
+    For sets that do not fit in memory, or take longer than one sitting: `fastgoal prepare`.
+
     Raises GlitError, naming it, for a picture that can not be read.
     """
-    reader: SimpleTokenizer = tokenizer or _own(model, "tokenizer")
-    side: int = image_size or _own(model, "image_size")
+    matcher = Matcher(
+        model, tokenizer=tokenizer, image_size=image_size, detector=detector,
+        rules=rules or RegionRules(), batch_size=batch_size, device=device,
+    )  # fmt: skip
     module = model if isinstance(model, nn.Module) else nn.Module()
-    if device is None:
-        weight = next(module.parameters(), None)
-        device = "cpu" if weight is None else weight.device
-    images_at_once = max(1, batch_size // 5)
     was_training = module.training
     module.eval()
-    matched: list[GlitRecord] = []
     try:
         with tqdm(
             total=len(records), desc="local pairs", unit="image", disable=not progress
         ) as bar:
-            for start in range(0, len(records), images_at_once):
-                chunk = records[start : start + images_at_once]
-                matched += _match(model, chunk, reader, side, batch_size, device)
-                bar.update(len(chunk))
+            matched = []
+            for found in matcher.match(records, (load_image(r.image) for r in records)):
+                matched.append(found.record)
+                bar.update()
     finally:
         module.train(was_training)
     return matched
+
+
+class Matched(NamedTuple):
+    """A record with its pairs, and the regions they were chosen from."""
+
+    record: GlitRecord
+    regions: list[Region]
+
+
+class Matcher:
+    """Finds local pairs, a group of pictures at a time: each is decoded once, all share batches."""
+
+    def __init__(
+        self,
+        model: Encoder,
+        *,
+        tokenizer: SimpleTokenizer | None = None,
+        image_size: int | None = None,
+        detector: Detector | None = None,
+        rules: RegionRules,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        autocast: bool = False,
+    ) -> None:
+        """`batch_size`: crops, and sentences, encoded at once. `autocast`: bfloat16 towers."""
+        self.model, self.detector, self.rules = model, detector, rules
+        self.tokenizer: SimpleTokenizer = tokenizer or _own(model, "tokenizer")
+        self.image_size: int = image_size or _own(model, "image_size")
+        self.batch_size = batch_size
+        if device is None:
+            weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+            device = "cpu" if weight is None else weight.device
+        self.device, self.autocast = torch.device(device), autocast
+        if detector is None and not rules.fixed:
+            raise ConfigError("there are no regions without the fixed ones and without a detector")
+        expected = (5 if rules.fixed else 0) + (5 if detector is not None else 0)
+        self.images_at_once = max(1, batch_size // expected)
+
+    def match(
+        self,
+        records: Iterable[GlitRecord],
+        images: Iterable[Image.Image],
+        names: Iterable[str] | None = None,
+    ) -> Iterator[Matched]:
+        """The records in order, with their pairs; `images` are their decoded pictures.
+
+        `names`: what the detector calls the pictures, by default their paths.
+        """
+        records = list(records)
+        called = [str(record.image) for record in records] if names is None else list(names)
+        pictures = iter(images)
+        # Resizing leaves the interpreter's lock, as decoding does.
+        with ThreadPoolExecutor(4) as pool:
+            for start in range(0, len(records), self.images_at_once):
+                group = slice(start, start + self.images_at_once)
+                yield from self._match(
+                    records[group], [next(pictures) for _ in records[group]], called[group], pool
+                )
+
+    @torch.no_grad()
+    def _match(
+        self,
+        records: Sequence[GlitRecord],
+        images: Sequence[Image.Image],
+        names: Sequence[str],
+        pool: ThreadPoolExecutor,
+    ) -> list[Matched]:
+        found: list[list[Detection]] = [[] for _ in records]
+        if self.detector is not None:
+            found = self.detector.detect(images, names)
+        regions = [
+            self.rules.regions(image.width, image.height, boxes)
+            for image, boxes in zip(images, found, strict=True)
+        ]
+        crops = pool.map(
+            lambda cut: image_tensor(crop_region(*cut), self.image_size),
+            [(image, r.box) for image, some in zip(images, regions, strict=True) for r in some],
+        )
+        v = self._encode(self.model.encode_image, list(crops))
+        t = self._texts([sentence for record in records for sentence in record.sentences])
+        if v is None or t is None:  # a detector that found nothing at all
+            return [Matched(replace(record, pairs=()), []) for record in records]
+        image_features = v.split([len(some) for some in regions])
+        text_features = t.split([len(record.sentences) for record in records])
+        return [
+            Matched(replace(record, pairs=_pairs(some, of_image, of_text)), some)
+            for record, some, of_image, of_text in zip(
+                records, regions, image_features, text_features, strict=True
+            )
+        ]
+
+    def _texts(self, sentences: list[str]) -> Tensor | None:
+        """Features of sentences, each encoded once, short ones with short ones."""
+        once = list(dict.fromkeys(sentences))
+        if not once:
+            return None
+        rows = self.tokenizer(once)
+        lengths = rows.argmax(dim=1)
+        order = lengths.argsort(stable=True)
+        parts = []
+        for part in order.split(self.batch_size):
+            batch = rows[part]
+            if isinstance(self.model, FastGoalModel):  # others may want all of their context
+                batch = batch[:, : int(lengths[part].max()) + 1]
+            parts.append(self._features(self.model.encode_text, batch))
+        features = torch.cat(parts)[order.argsort()]
+        place = {sentence: number for number, sentence in enumerate(once)}
+        return features[torch.tensor([place[sentence] for sentence in sentences])]
+
+    def _encode(self, encode: Any, items: list[Tensor]) -> Tensor | None:
+        if not items:
+            return None
+        batches = (
+            torch.stack(items[start : start + self.batch_size])
+            for start in range(0, len(items), self.batch_size)
+        )
+        return torch.cat([self._features(encode, batch) for batch in batches])
+
+    def _features(self, encode: Any, batch: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return F.normalize(encode(batch.to(self.device)).float(), dim=-1).cpu()
 
 
 def _own(model: Encoder, name: str) -> Any:
@@ -94,38 +262,15 @@ def _own(model: Encoder, name: str) -> Any:
     return getattr(model, name)
 
 
-def _match(
-    model: Encoder,
-    records: Sequence[GlitRecord],
-    tokenizer: SimpleTokenizer,
-    image_size: int,
-    batch_size: int,
-    device: torch.device | str,
-) -> Iterator[GlitRecord]:
-    """The records with their pairs, embedded together."""
-    regions = [fixed_regions(record.width, record.height) for record in records]
-    crops = []
-    for record, boxes in zip(records, regions, strict=True):
-        image = load_image(record.image)
-        crops += [image_tensor(crop_region(image, box), image_size) for box in boxes.values()]
-    sentences = [sentence for record in records for sentence in record.sentences]
-    features = [
-        torch.cat([F.normalize(encode(part.to(device)).float(), dim=-1).cpu() for part in parts])
-        for encode, parts in (
-            (model.encode_image, torch.stack(crops).split(batch_size)),
-            (model.encode_text, tokenizer(sentences).split(batch_size)),
+def _pairs(regions: Sequence[Region], of_image: Tensor, of_text: Tensor) -> tuple[LocalPair, ...]:
+    """Each sentence with its most similar region, best first."""
+    if not regions:
+        return ()
+    scores, chosen = (of_text @ of_image.T).max(dim=1)
+    pairs = [
+        LocalPair(sentence, regions[region].box, regions[region].name, score)
+        for sentence, (score, region) in enumerate(
+            zip(scores.tolist(), chosen.tolist(), strict=True)
         )
     ]
-    image_features = features[0].split([len(boxes) for boxes in regions])
-    text_features = features[1].split([len(record.sentences) for record in records])
-    for record, boxes, v, t in zip(records, regions, image_features, text_features, strict=True):
-        scores, chosen = (t @ v.T).max(dim=1)
-        named = list(boxes.items())
-        pairs = [
-            LocalPair(sentence, named[region][1], named[region][0], score)
-            for sentence, (score, region) in enumerate(
-                zip(scores.tolist(), chosen.tolist(), strict=True)
-            )
-        ]
-        pairs.sort(key=lambda pair: -pair.score)  # stable: the earlier sentence of equal ones
-        yield replace(record, pairs=tuple(pairs))
+    return tuple(sorted(pairs, key=lambda pair: -pair.score))  # the earlier sentence of equal ones

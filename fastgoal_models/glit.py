@@ -236,7 +236,7 @@ def read_glit(
 
     def parse(numbered: tuple[int, bytes]) -> GlitRecord | Unusable:
         try:
-            return _parse_line(*numbered, folder, verify_images)
+            return parse_line(*numbered, folder, verify_images)
         except Unusable as skip:
             return skip
 
@@ -266,7 +266,8 @@ def json_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _parse_line(number: int, line: bytes, folder: Path, verify_images: bool) -> GlitRecord:
+def parse_line(number: int, line: bytes, folder: Path, verify_images: bool) -> GlitRecord:
+    """The record of one line; its images lie in `folder`. Raises Unusable."""
     name = f"line {number}"
     try:
         row = json.loads(line.decode("utf-8"))
@@ -361,7 +362,7 @@ def write_glit(records: Iterable[GlitRecord], path: str | Path) -> Path:
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             for record in records:
-                file.write(json.dumps(_to_row(record, folder), ensure_ascii=False) + "\n")
+                file.write(json.dumps(to_row(record, folder), ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -370,7 +371,8 @@ def write_glit(records: Iterable[GlitRecord], path: str | Path) -> Path:
     return path
 
 
-def _to_row(record: GlitRecord, folder: Path) -> dict[str, Any]:
+def to_row(record: GlitRecord, folder: Path) -> dict[str, Any]:
+    """A record as one line's object; raises GlitError where its image lies outside `folder`."""
     image = record.image.resolve()
     if not image.is_relative_to(folder):
         raise GlitError(

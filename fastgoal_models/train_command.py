@@ -14,6 +14,7 @@ from .fast_goal import FastGoalModel
 from .fast_goal_training import FastGoalTrainConfig
 from .flism import match_pairs
 from .glit import FastGoalDataset, GlitRecord, read_glit
+from .loading import architecture
 from .options import create_model, records_digest
 from .trackers import trackers, watched
 from .training import TrainingError, TrainResult, train, uses_bf16
@@ -70,6 +71,7 @@ def run_training(options: TrainOptions, console: Console) -> TrainResult:
     identity = {
         "model": options.model,
         "pretrained": options.pretrained,
+        "architecture": architecture(options.model, options.pretrained),
         "context_length": options.context_length,
         "data": records_digest(records),
     }

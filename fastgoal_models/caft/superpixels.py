@@ -39,7 +39,8 @@ Maker = Callable[[Tensor], Tensor]
 
 
 def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+    # Filled where it is wanted: a tensor of host values would wait for the device.
+    return torch.stack([like.new_full((1, 1), value) for value in values])
 
 
 def _pixels(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

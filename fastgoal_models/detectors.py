@@ -1,0 +1,201 @@
+"""Boxes beside FLISM's five: object detectors behind one small protocol.
+
+    transformers:hustvl/yolos-base    a name on Hugging Face's hub, or a folder with the model
+    torchvision:retinanet_resnet50_fpn=weights.pth    torchvision's architecture, a weights file
+    boxes.jsonl    boxes that were found before
+
+The last has one JSON object a line, {"image": "a.jpg", "boxes": [{"box": [x1, y1, x2, y2],
+"label": "cat", "score": 0.9}]}, in pixels of the upright picture; label and score may be missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from .errors import ConfigError
+from .glit import Box, json_lines
+from .hf_checkpoints import read_weights
+
+LEAST_SCORE = 0.5
+
+
+class Detection(NamedTuple):
+    """Something that was found in a picture."""
+
+    box: Box
+    label: str
+    score: float
+
+
+class Detector(Protocol):
+    """Finds things in pictures."""
+
+    def identity(self) -> str:
+        """What changes when its boxes would: a name with a digest of weights or boxes."""
+        ...
+
+    def detect(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
+        """What is in each picture, best first. `names` are the pictures' paths in their data."""
+        ...
+
+
+def create_detector(spec: str, device: torch.device, least_score: float = LEAST_SCORE) -> Detector:
+    """The detector a user asked for; see the module for how they are called.
+
+    Raises ConfigError for one that is not known, not installed or not here.
+    """
+    kind, colon, name = spec.partition(":")
+    if colon and kind == "transformers":
+        return TransformersDetector(name, device, least_score)
+    if colon and kind == "torchvision":
+        return TorchvisionDetector(name, device, least_score)
+    if spec.endswith(".jsonl"):
+        return BoxFile(Path(spec), least_score)
+    raise ConfigError(
+        f"detector {spec!r} is not known. Fix: transformers:NAME_OR_FOLDER, "
+        "torchvision:ARCHITECTURE=WEIGHTS, or a .jsonl file of boxes"
+    )
+
+
+class TransformersDetector:
+    """YOLOS, DETR and other detectors of `transformers`, all pictures of a call in one batch."""
+
+    def __init__(self, name: str, device: torch.device, least_score: float = LEAST_SCORE) -> None:
+        from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+        try:
+            # Never code that comes with the weights.
+            self.processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+            model: Any = AutoModelForObjectDetection.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ConfigError(f"detector {name!r} can not be loaded: {error}") from error
+        self.name, self.device, self.least_score = name, device, least_score
+        self.model = model.to(device).eval()
+
+    def identity(self) -> str:
+        return f"transformers:{self.name}, {weights_digest(self.model)}, {self.least_score}"
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
+        inputs = self.processor(images=list(images), return_tensors="pt").to(self.device)
+        found = self.processor.post_process_object_detection(
+            self.model(**inputs),
+            threshold=self.least_score,
+            target_sizes=[(image.height, image.width) for image in images],
+        )
+        labels = self.model.config.id2label
+        return [
+            _best_first(one["boxes"], [labels.get(n, str(n)) for n in one["labels"].tolist()],
+                        one["scores"])
+            for one in found
+        ]  # fmt: skip
+
+
+class TorchvisionDetector:
+    """A detector of torchvision with weights from a file; nothing is downloaded."""
+
+    def __init__(self, spec: str, device: torch.device, least_score: float = LEAST_SCORE) -> None:
+        from torchvision.models import detection, get_model, list_models
+        from torchvision.models._meta import _COCO_CATEGORIES
+
+        name, _, weights = spec.partition("=")
+        known = list_models(module=detection)
+        if name not in known or not weights:
+            raise ConfigError(
+                f"detector torchvision:{spec} is not known. Fix: torchvision:ARCHITECTURE=WEIGHTS, "
+                f"one of {', '.join(known)}, and a weights file"
+            )
+        model = get_model(name, weights=None, weights_backbone=None)
+        try:
+            model.load_state_dict(read_weights(Path(weights)))
+        except RuntimeError as error:
+            raise ConfigError(f"{weights} holds no weights of {name}: {error}") from error
+        self.name, self.device, self.least_score = name, device, least_score
+        self.labels = _COCO_CATEGORIES
+        self.model: nn.Module = model.to(device).eval()
+
+    def identity(self) -> str:
+        return f"torchvision:{self.name}, {weights_digest(self.model)}, {self.least_score}"
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
+        tensors = [
+            torch.from_numpy(np.array(image)).to(self.device).permute(2, 0, 1) / 255
+            for image in images
+        ]
+        results = []
+        for one in self.model(tensors):
+            good = one["scores"] >= self.least_score
+            results.append(
+                _best_first(one["boxes"][good],
+                            [self._label(n) for n in one["labels"][good].tolist()],
+                            one["scores"][good])
+            )  # fmt: skip
+        return results
+
+    def _label(self, number: int) -> str:
+        return self.labels[number] if number < len(self.labels) else str(number)
+
+
+class BoxFile:
+    """Boxes that were found before, by the picture's path in its data."""
+
+    def __init__(self, path: Path, least_score: float = 0.0) -> None:
+        self.path, self.found = path, {}
+        digest = hashlib.sha256()
+        if not path.is_file():
+            raise ConfigError(f"detector {path}: there is no file")
+        with path.open("rb") as file:
+            for number, line in json_lines(file):
+                digest.update(line)
+                try:
+                    row = json.loads(line)
+                    boxes = [_detection(box) for box in row["boxes"]]
+                    self.found[row["image"]] = [b for b in boxes if b.score >= least_score]
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
+                    raise ConfigError(
+                        f"{path}, line {number} is not an object with image and boxes ({error!r})"
+                    ) from error
+        self.digest = digest.hexdigest()[:16]
+        self.least_score = least_score
+
+    def identity(self) -> str:
+        return f"boxes {self.digest}, {self.least_score}"
+
+    def detect(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
+        return [sorted(self.found.get(name, ()), key=lambda d: -d.score) for name in names]
+
+
+def _detection(row: Any) -> Detection:
+    x1, y1, x2, y2 = (float(x) for x in row["box"])
+    return Detection((x1, y1, x2, y2), str(row.get("label", "box")), float(row.get("score", 1.0)))
+
+
+def _best_first(
+    boxes: torch.Tensor, labels: Sequence[str], scores: torch.Tensor
+) -> list[Detection]:
+    found = [
+        Detection((x1, y1, x2, y2), label, score)
+        for (x1, y1, x2, y2), label, score in zip(
+            boxes.tolist(), labels, scores.tolist(), strict=True
+        )
+    ]
+    return sorted(found, key=lambda detection: -detection.score)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Sixteen hex digits of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
