@@ -17,12 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,7 @@ from fastgoal_models.checkpoints import write_text_atomically
 from fastgoal_models.fast_goal import FastGoalModel
 from fastgoal_models.fast_goal_training import FastGoalTrainConfig
 from fastgoal_models.glit import Box
+from fastgoal_models.localisation import Pointing, pointing_of, points_into
 from fastgoal_models.retrieval import Retrieval, feature_recall
 from fastgoal_models.synthetic import (
     Scene,
@@ -75,13 +75,6 @@ _FAST_GOAL: dict[str, Any] = {
     "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 64, "heads": 2,
                  "layers": 2},
 }  # fmt: skip
-
-
-class Pointing(NamedTuple):
-    """Shares of sentences: whose peak lies in their box, and what chance would hit."""
-
-    hits: float
-    chance: float
 
 
 def run(method: str, variant: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
@@ -191,23 +184,11 @@ def _described(told: Scene) -> list[tuple[str, Box]]:
     ]
 
 
-def _points_into(heat: Tensor, target: Box) -> tuple[float, float]:
-    """Whether the brightest cell's centre lies in the box; the box's share of all centres.
-
-    Of equally bright cells a fair share counts as hit, so that a map that is all alike is chance.
-    """
-    side = IMAGE_SIZE / heat.shape[0]
-    centres = (torch.arange(heat.shape[0]) + 0.5) * side
-    inside = ((centres >= target[1]) & (centres <= target[3]))[:, None] & (
-        (centres >= target[0]) & (centres <= target[2])
-    )
-    brightest = heat >= heat.max() - 1e-9
-    return float(inside[brightest].float().mean()), float(inside.float().mean())
-
-
-def _pointing(found: list[tuple[float, float]]) -> Pointing:
-    hits, chances = zip(*found, strict=True)
-    return Pointing(statistics.fmean(hits), statistics.fmean(chances))
+def _points(maps: Iterable[Tensor], boxes: Iterable[Box]) -> list[tuple[float, float]]:
+    return [
+        points_into(heat, target, IMAGE_SIZE, IMAGE_SIZE)
+        for heat, target in zip(maps, boxes, strict=True)
+    ]
 
 
 def _caft_pointing(model: Caft, scenes: Sequence[Scene]) -> Pointing:
@@ -217,8 +198,11 @@ def _caft_pointing(model: Caft, scenes: Sequence[Scene]) -> Pointing:
         sentences, boxes = zip(*_described(told), strict=True)
         texts = text_rows(sentences, model.tokenizer)
         maps = caft_maps(model, pixels_of(told, IMAGE_SIZE), texts)
-        found += [_points_into(*pair) for pair in zip(maps.attention, boxes, strict=True)]
-    return _pointing(found)
+        found += [
+            points_into(*pair, IMAGE_SIZE, IMAGE_SIZE)
+            for pair in zip(maps.attention, boxes, strict=True)
+        ]
+    return pointing_of(found)
 
 
 @torch.no_grad()
@@ -231,8 +215,10 @@ def _fast_goal_pointing(model: FastGoalModel, scenes: Sequence[Scene]) -> Pointi
         _, patches = model.image_tokens(pixels_of(told, IMAGE_SIZE)[None])
         patches = F.normalize(model.project_patches(patches[0]), dim=-1)
         maps = (features @ patches.T).unflatten(1, model.grid_size)
-        found += [_points_into(*pair) for pair in zip(maps, boxes, strict=True)]
-    return _pointing(found)
+        found += [
+            points_into(*pair, IMAGE_SIZE, IMAGE_SIZE) for pair in zip(maps, boxes, strict=True)
+        ]
+    return pointing_of(found)
 
 
 def _picture(model: Caft, told: Scene, path: Path) -> None:

@@ -45,6 +45,20 @@ class Precision(str, Enum):
 class Preset(str, Enum):
     default = "default"
     published = "published"
+    fast_goal_b16 = "fast-goal-b16"
+    fast_goal_l14 = "fast-goal-l14"
+    goal_b16 = "goal-b16"
+
+
+class Pairs(str, Enum):
+    best = "best"
+    uniform = "uniform"
+    weighted = "weighted"
+
+
+class LongCaptions(str, Enum):
+    cut = "cut"
+    chunk = "chunk"
 
 
 class CaftPreset(str, Enum):
@@ -71,6 +85,11 @@ class SuperpixelMaker(str, Enum):
 class Negatives(str, Enum):
     all = "all"
     sample = "sample"
+
+
+class Resize(str, Enum):
+    crop = "crop"
+    squash = "squash"
 
 
 class Layout(str, Enum):
@@ -100,11 +119,11 @@ WandbOption = Annotated[bool, typer.Option("--wandb", help="Also send curves to 
 RootOption = Annotated[
     Path | None, typer.Option(help="Folder of the images. Default: that of --data.")
 ]
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        help="open_clip model name, a JSON config, or the folder of a run of `fastgoal train`."
-    ),
+MODEL_HELP = "open_clip model name, a JSON config, or the folder of a run of `fastgoal train`."
+ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(min=3, help="Tokens of a text. Default: as many as the weights have."),
 ]
 PretrainedOption = Annotated[
     str | None,
@@ -245,8 +264,23 @@ def prepare(
 
 @train_app.command("fast-goal")
 def train_fast_goal(
-    data: Annotated[Path, typer.Option(help="Annotations in the GLIT format, one JSON a line.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the log.")],
+    ctx: typer.Context,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Annotations in the GLIT format, one JSON a line. Needed.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for checkpoints, the log and config.yaml. Needed.", show_default=False
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Options from a file, e.g. a run's config.yaml; those typed here win."),
+    ] = None,
     root: RootOption = None,
     model: Annotated[
         str, typer.Option(help="open_clip model name, or a JSON config.")
@@ -257,7 +291,8 @@ def train_fast_goal(
         Preset,
         typer.Option(
             help="published: the paper's optimizer (lr 5e-6, weight decay 0.05 on everything, "
-            "cosine without warm-up, no clipping, batch 256, 10 epochs)."
+            "cosine without warm-up, no clipping, batch 256, 10 epochs). fast-goal-b16 and -l14: "
+            "the same on OpenAI's ViT-B-16 and ViT-L-14. goal-b16: with GOAL's batches of 16."
         ),
     ] = Preset.default,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
@@ -266,6 +301,41 @@ def train_fast_goal(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Default: the preset's.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Default: the preset's.")] = None,
+    unlocked_image_blocks: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Train only this many last blocks of the image tower, with its final norm and "
+            "projection; 0 locks the tower. Default: all of it trains.",
+        ),
+    ] = None,
+    unlocked_text_blocks: Annotated[
+        int | None, typer.Option(min=0, help="The same for the text tower.")
+    ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train LoRA adapters of this rank in both towers and nothing else: queries, keys "
+            "and values of the attention and both layers of the MLP, not the attention's output "
+            "layer. Checkpoints hold merged weights. Needs fastgoal[lora].",
+        ),
+    ] = None,
+    pairs: Annotated[
+        Pairs,
+        typer.Option(
+            help="Local pair of a record: the best, or one of its --top-k best that is drawn each "
+            "epoch, uniformly or weighted by similarity."
+        ),
+    ] = Pairs.best,
+    top_k: Annotated[int, typer.Option(min=1, help="Pairs that --pairs draws from.")] = 3,
+    long_captions: Annotated[
+        LongCaptions,
+        typer.Option(
+            help="Captions past the context: cut them, or train on all of it in chunks of whole "
+            "sentences."
+        ),
+    ] = LongCaptions.cut,
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints. Default: only at the end.")
     ] = None,
@@ -281,33 +351,16 @@ def train_fast_goal(
     wandb: WandbOption = False,
 ) -> None:
     """Fine-tune an open_clip model on your own images and long captions."""
+    given = {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in locals().items()
+        if name not in ("ctx", "config", "resume") and _was_typed(ctx, name)
+    }
     console = Console()
-    changes = {"steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": lr}
     with _user_errors():
-        from .train_command import TrainOptions, run_training
+        from .train_command import resolve_options, run_training
 
-        result = run_training(
-            TrainOptions(
-                data=data,
-                root=root,
-                out=out,
-                model=model,
-                pretrained=pretrained,
-                context_length=context_length,
-                preset=preset.value,
-                changes={name: value for name, value in changes.items() if value is not None},
-                save_every=save_every,
-                num_workers=num_workers,
-                strict=strict,
-                seed=seed,
-                resume=resume,
-                device=device,
-                precision=precision.value,
-                tensorboard=tensorboard,
-                wandb=wandb,
-            ),
-            console,
-        )
+        result = run_training(*resolve_options(given, config), console, resume=resume)
     if result.interrupted:
         _say_how_to_resume(console)
 
@@ -453,6 +506,28 @@ def convert(
         run_convert(ConvertOptions(source, target, to.value, model, force), Console())
 
 
+@app.command(no_args_is_help=True)
+def interpolate(
+    old: Annotated[
+        Path, typer.Argument(help="Weights file, or the folder of a run or of a checkpoint.")
+    ],
+    new: Annotated[Path, typer.Argument(help="The same, after further training.")],
+    out: Annotated[Path, typer.Argument(help="A .safetensors file.")],
+    alpha: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of NEW: 0 is OLD, 1 is NEW.")
+    ] = 0.5,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Mix the weights of a model before and after fine-tuning (WiSE-FT), to keep some of both.
+
+    Texts of OLD that have fewer positions are stretched as training does.
+    """
+    with _user_errors():
+        from .interpolate import InterpolateOptions, run_interpolate
+
+        run_interpolate(InterpolateOptions(old, new, out, alpha, force), Console())
+
+
 @app.command()
 def hierarchy(
     image: Annotated[Path, typer.Argument(help="A photograph.")],
@@ -476,6 +551,128 @@ def hierarchy(
         kind = None if superpixels is None else superpixels.value
         draw_hierarchy(image, caption, checkpoint, out, model, kind)
     Console().print(f"{escape(str(out))} written", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    pretrained: PretrainedOption = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Annotations in the GLIT format, one JSON a line.")
+    ] = None,
+    set_name: Annotated[
+        str | None,
+        typer.Option("--set", help="Or a set in its official layout: docci, dci, coco ..."),
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the set, or of --data's images.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Also classify: a folder with a folder for each class.")
+    ] = None,
+    before: Annotated[
+        str | None, typer.Option(help="Another model to stand beside it, e.g. the untrained one.")
+    ] = None,
+    before_pretrained: Annotated[
+        str | None, typer.Option(help="Tag or weights file of --before.")
+    ] = None,
+    trained_on: Annotated[
+        list[Path] | None,
+        typer.Option(help="Annotations that were trained on: is a test image among them?"),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(help="CLIP: global, maxsim. CAFT: whole, blended, reranked."),
+    ] = None,
+    resize: Annotated[
+        Resize, typer.Option(help="crop: as published figures are made; squash: as we train.")
+    ] = Resize.crop,
+    published: Annotated[
+        bool, typer.Option("--published", help="CAFT: cut captions as the published code does.")
+    ] = False,
+    context_length: ContextOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
+    device: DeviceOption = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write it here.")] = None,
+) -> None:
+    """Evaluate a model: retrieval both ways, with what papers report beside it.
+
+    With local pairs in --data also mAP on pictures and regions, and whether sentences look into
+    their boxes.
+    """
+    with _user_errors():
+        from .eval_command import EvalOptions, run_eval
+
+        run_eval(
+            EvalOptions(
+                model=model,
+                pretrained=pretrained,
+                before=before,
+                before_pretrained=before_pretrained,
+                data=data,
+                set_name=set_name,
+                root=root,
+                classes=classes,
+                trained_on=tuple(trained_on or ()),
+                score=score,
+                resize=resize.value,
+                published=published,
+                context_length=context_length,
+                batch_size=batch_size,
+                device=device,
+                json_path=json_path,
+                command=_command(),
+            ),
+            Console(),
+        )
+
+
+@app.command()
+def embed(
+    images: Annotated[Path, typer.Argument(help="A folder of images.")],
+    out: Annotated[Path, typer.Option(help="The index to write, a .safetensors file.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    pretrained: PretrainedOption = None,
+    context_length: ContextOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
+    device: DeviceOption = None,
+) -> None:
+    """Embed a folder of images once, so that `fastgoal search` need not."""
+    with _user_errors():
+        from .search_command import ModelOptions, run_embed
+
+        options = ModelOptions(model, pretrained, context_length, batch_size, device)
+        run_embed(images, out, options, Console())
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="A text, as long as you like.")],
+    images: Annotated[Path, typer.Argument(help="A folder of images, or an index of one.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    pretrained: PretrainedOption = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many images.")] = 12,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="global: whole features; maxsim: word by word; reranked: both, for the hundred "
+            "best. Default: reranked. A CAFT has its blended score."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also draw a contact sheet, e.g. sheet.png.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write it here.")] = None,
+    context_length: ContextOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
+    device: DeviceOption = None,
+) -> None:
+    """Find images for a long text."""
+    with _user_errors(extra="demo"):
+        from .search_command import ModelOptions, run_search
+
+        options = ModelOptions(model, pretrained, context_length, batch_size, device)
+        run_search(query, images, k, score, options, out, json_path, Console())
 
 
 @app.command()
@@ -545,6 +742,11 @@ def _refuse(message: str) -> NoReturn:
         f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True
     )
     raise typer.Exit(EXIT_USER_ERROR) from None
+
+
+def _was_typed(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _say_how_to_resume(console: Console) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgoal_kernels import region_mean, span_mean
 
-from .positional import stretch_positional_embedding
+from .positional import KEPT_POSITIONS, stretch_positional_embedding
 
 DEMO_CONFIG = Path(__file__).with_name("configs") / "demo.json"
 """A CLIP small enough to train on two CPU cores, in open_clip's JSON layout; no weights."""
@@ -320,9 +320,24 @@ def _from_config(config: Any, image_size: int | None) -> nn.Module:
 
 
 def _clip_weights(path: Path) -> dict[str, Tensor]:
-    """A weights file's tensors under CLIP's own names, also when a FastGoalModel wrote it."""
+    """A weights file's tensors under CLIP's own names, also when a FastGoalModel wrote it.
+
+    Long-CLIP keeps its first 20 positions in one table and the others in a second.
+    """
     weights: Any = load_state_dict(str(path), weights_only=True)
-    return {name.removeprefix("clip."): tensor for name, tensor in weights.items()}
+    weights = {name.removeprefix("clip."): tensor for name, tensor in weights.items()}
+    trained = weights.pop("positional_embedding_res", None)
+    if trained is not None:
+        kept = weights["positional_embedding"][:KEPT_POSITIONS]
+        weights["positional_embedding"] = torch.cat([kept, trained[KEPT_POSITIONS:]])
+    return weights
+
+
+def text_positions_in(path: Path) -> int | None:
+    """How many text positions a weights file has; None where it has none under CLIP's names."""
+    weights = _clip_weights(path)
+    names = ("positional_embedding", "text.positional_embedding")
+    return next((len(weights[name]) for name in names if name in weights), None)
 
 
 def _load_weights(clip: nn.Module, weights: dict[str, Tensor], context_length: int) -> None:

@@ -12,7 +12,7 @@ from .caft.config import CaftConfig
 from .caft.model import Caft
 from .checkpoints import Checkpoint, latest_checkpoint, load_checkpoint
 from .errors import ConfigError
-from .fast_goal import FastGoalModel
+from .fast_goal import FastGoalModel, text_positions_in
 from .options import create_model
 
 CAFT_NAMES = ("caft-b", "caft-s", "caft-xs")
@@ -58,7 +58,11 @@ def architecture(model: str, pretrained: str | None) -> dict[str, Any]:
 
 
 def load_fast_goal(
-    model: str, pretrained: str | None = None, *, context_length: int = 248, seed: int = 0
+    model: str,
+    pretrained: str | None = None,
+    *,
+    context_length: int | None = None,
+    seed: int = 0,
 ) -> LoadedFastGoal:
     """`load_model` where it must not be a CAFT. Raises ConfigError for one."""
     loaded = load_model(model, pretrained, context_length=context_length, seed=seed)
@@ -97,6 +101,8 @@ def load_model(
         if pretrained is None:
             return Loaded(Caft.create(config, superpixels="slic"), name, True, {})
         return Loaded(Caft.from_checkpoint(pretrained, config), name, False, {})
+    if context_length is None and pretrained is not None and Path(pretrained).is_file():
+        context_length = text_positions_in(Path(pretrained))
     if context_length is None:
         context_length = architecture(model, pretrained)["text_cfg"].get("context_length", 77)
     clip = create_model(model, pretrained, seed, context_length)

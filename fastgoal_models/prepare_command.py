@@ -8,13 +8,13 @@ from pathlib import Path
 from open_clip import SimpleTokenizer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .detectors import create_detector, weights_digest
 from .devices import parse_device
 from .flism import Matcher, RegionRules
 from .loading import load_fast_goal
 from .prepare import Prepared, Share, prepare
+from .progress import counting
 
 _CLIP_CONTEXT = 77  # a sentence is 18 to 24 tokens
 
@@ -65,17 +65,8 @@ def run_prepare(options: PrepareOptions, console: Console) -> Prepared:
         device=device,
         autocast=device.type == "cuda" if options.bfloat16 is None else options.bfloat16,
     )
-    bar = Progress(
-        TextColumn("local pairs"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images, left"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task("", total=None)
+    bar = counting(console, "images")
+    task = bar.add_task("local pairs", total=None)
     with bar:
         done = prepare(
             options.data,

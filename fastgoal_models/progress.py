@@ -11,6 +11,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .training import StepRecord
 
 
+def counting(console: Console, what: str) -> Progress:
+    """A bar for things that are counted, with the time that is left; only on a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{what}, left"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
 class StepPrinter:
     """Give it to `train` as `on_step`, inside a `with`: one line every `every` steps, and a bar.
 
@@ -20,16 +34,7 @@ class StepPrinter:
 
     def __init__(self, console: Console, every: int = 10) -> None:
         self.console, self.every = console, every
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps, left"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self.bar = counting(console, "steps")
         self.task = self.bar.add_task("fine-tuning", total=None)
         self.since: tuple[int, float] | None = None
 

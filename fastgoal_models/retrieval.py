@@ -12,13 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from open_clip import image_transform
 from torch import Tensor
 
 from fastgoal_kernels import maxsim_topk
-
-from .fast_goal import FastGoalModel
-from .glit import GlitRecord, image_tensor, load_image
 
 LONG_TEXT_KS = (1, 5, 25, 50)
 SHORT_TEXT_KS = (1, 5, 10, 15)
@@ -31,6 +27,75 @@ class Retrieval(NamedTuple):
     image_to_text: dict[int, float]
     num_texts: int
     num_images: int
+
+
+Interval = tuple[float, float]
+
+
+class Intervals(NamedTuple):
+    """Where each Recall@K lies with the asked-for confidence."""
+
+    text_to_image: dict[int, Interval]
+    image_to_text: dict[int, Interval]
+
+
+class Ranks(NamedTuple):
+    """The rank, from 1, of each query's first right answer."""
+
+    texts: Tensor
+    """(num_texts,) int64: of each text's image among all images"""
+    images: Tensor
+    """(Q,) int64: of the first of each image's own texts among all texts"""
+    text_image: Tensor
+    """(num_texts,) int64: the image that each text belongs to"""
+    asked: Tensor
+    """(Q,) int64: the images that own a text, ascending; the others are distractors"""
+
+    def recall(self, ks: Sequence[int] = LONG_TEXT_KS) -> Retrieval:
+        """Recall@K of both directions, 0 where there is no query."""
+
+        def shares(ranks: Tensor) -> dict[int, float]:
+            return {k: float((ranks <= k).double().mean()) if len(ranks) else 0.0 for k in ks}
+
+        return Retrieval(shares(self.texts), shares(self.images), len(self.texts), len(self.images))
+
+    def intervals(
+        self,
+        ks: Sequence[int] = LONG_TEXT_KS,
+        *,
+        confidence: float = 0.95,
+        samples: int = 1000,
+        seed: int = 0,
+    ) -> Intervals:
+        """Percentile intervals by bootstrap over images, each of which brings its texts along.
+
+        So the five captions of one photograph are not taken for five independent draws.
+        """
+        count = len(self.asked)
+        if count == 0:
+            return Intervals(dict.fromkeys(ks, (0.0, 0.0)), dict.fromkeys(ks, (0.0, 0.0)))
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(count, (samples, count), generator=generator)
+        weights = torch.zeros(samples, count, dtype=torch.float64)
+        weights.scatter_add_(1, drawn, torch.ones_like(weights))
+        place = torch.searchsorted(self.asked.cpu(), self.text_image.cpu())
+        tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+
+        def ends(hits: Tensor, queries: Tensor) -> Interval:
+            low, high = (weights @ hits / (weights @ queries)).quantile(tails).tolist()
+            return low, high
+
+        def of_texts(k: int) -> Interval:
+            both = torch.zeros(2, count, dtype=torch.float64)
+            both[0].index_add_(0, place, (self.texts.cpu() <= k).double())
+            both[1].index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
+            return ends(both[0], both[1])
+
+        every = torch.ones(count, dtype=torch.float64)
+        return Intervals(
+            {k: of_texts(k) for k in ks},
+            {k: ends((self.images.cpu() <= k).double(), every) for k in ks},
+        )
 
 
 def first_right_ranks(scores: Tensor, right: Tensor) -> Tensor:
@@ -89,10 +154,13 @@ def recall_at_k(
     owner = owner_of_texts(text_image, num_images, num_texts).to(scores.device)
     images = torch.arange(num_images, device=scores.device)
     right = images[:, None] == owner
-    asked = right.any(dim=1)
-    return _retrieval(
-        first_right_ranks(scores.T, right.T), first_right_ranks(scores[asked], right[asked]), ks
-    )
+    asked = owner.unique()
+    return Ranks(
+        first_right_ranks(scores.T, right.T),
+        first_right_ranks(scores[asked], right[asked]),
+        owner,
+        asked,
+    ).recall(ks)
 
 
 def feature_recall(
@@ -103,7 +171,20 @@ def feature_recall(
     text_image: Tensor | None = None,
     chunk: int = 1024,
 ) -> Retrieval:
-    """`recall_at_k` of the cosines of (num_images, D) and (num_texts, D) features.
+    """`recall_at_k` of the cosines of (num_images, D) and (num_texts, D) features."""
+    return feature_ranks(image_features, text_features, text_image=text_image, chunk=chunk).recall(
+        ks
+    )
+
+
+def feature_ranks(
+    image_features: Tensor,
+    text_features: Tensor,
+    *,
+    text_image: Tensor | None = None,
+    chunk: int = 1024,
+) -> Ranks:
+    """The ranks by the cosines of (num_images, D) and (num_texts, D) features.
 
     Never holds more than `chunk` rows of the score matrix: 25,000 captions against 5,000 images
     would be half a gigabyte of it. The same texts and images rank the same for every `chunk` up
@@ -130,8 +211,11 @@ def feature_recall(
         return torch.cat(blocks) if blocks else owner.new_zeros(0)
 
     every_image = torch.arange(len(images), device=images.device)
-    return _retrieval(
-        ranks(texts, images, owner, every_image), ranks(images[owned], texts, owned, owner), ks
+    return Ranks(
+        ranks(texts, images, owner, every_image),
+        ranks(images[owned], texts, owned, owner),
+        owner,
+        owned,
     )
 
 
@@ -173,7 +257,7 @@ def maxsim_recall(
         image_tokens, text_tokens, candidates_needed(ks, owner),
         image_offsets=image_offsets, text_offsets=text_offsets, **options,
     )  # fmt: skip
-    return recall_of_best(best, ks, owner)
+    return ranks_of_best(best, owner).recall(ks)
 
 
 def candidates_needed(ks: Sequence[int], text_image: Tensor) -> int:
@@ -181,73 +265,27 @@ def candidates_needed(ks: Sequence[int], text_image: Tensor) -> int:
     return max(ks, default=0) + (int(text_image.bincount().max()) if len(text_image) else 1)
 
 
-def recall_of_best(
-    best: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
-    ks: Sequence[int],
-    text_image: Tensor,
-) -> Retrieval:
-    """`recall_at_k` from the `candidates_needed` best of each query, as a streaming top-k has them.
+def ranks_of_best(
+    best: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], text_image: Tensor
+) -> Ranks:
+    """The ranks from the `candidates_needed` best of each query, as a streaming top-k has them.
+
+    Up to the largest K that was asked of `candidates_needed` they are exact; a query whose right
+    answer is not among its candidates ranks behind all of them.
 
     Args:
         best: ((scores, texts) of each image, (scores, images) of each text).
-        ks: the K to report.
         text_image: (num_texts,) int64, the image each text belongs to.
     """
     (image_scores, texts), (text_scores, images) = best
     owner = text_image.to(texts.device)
     asked = owner.unique()
-    return _retrieval(
+    return Ranks(
         _ranks(text_scores, images == owner[:, None]),
         _ranks(image_scores[asked], owner[texts[asked]] == asked[:, None]),
-        ks,
+        owner,
+        asked,
     )
-
-
-@torch.no_grad()
-def evaluate(
-    model: FastGoalModel,
-    records: Sequence[GlitRecord],
-    *,
-    ks: Sequence[int] = LONG_TEXT_KS,
-    resize: str = "crop",
-    batch_size: int = 32,
-    device: torch.device | str | None = None,
-) -> Retrieval:
-    """Long-text retrieval: each record's whole caption against every picture, and back.
-
-    Args:
-        model: put into evaluation mode meanwhile, and back afterwards.
-        records: one caption a picture; captions past the context lose their end.
-        ks: the K to report.
-        resize: "crop" scales the shorter side and cuts out the centre, as CLIP's own evaluation
-            does and published figures are made; "squash" is what FAST-GOAL trains on.
-        batch_size: pictures, and captions, encoded at once.
-        device: default: where the model is.
-
-    Raises:
-        ValueError: an unknown `resize`, or no records.
-        GlitError: a picture that can not be read.
-    """
-    if resize not in ("crop", "squash"):
-        raise ValueError(f"resize must be 'crop' or 'squash'; got {resize!r}")
-    if not records:
-        raise ValueError("records is empty: there is nothing to evaluate")
-    size = model.image_size
-    crop = image_transform(size, is_train=False, resize_mode="shortest", interpolation="bicubic")
-    device = next(model.parameters()).device if device is None else torch.device(device)
-    was_training = model.training
-    model.eval()
-    image_features, text_features = [], []
-    for start in range(0, len(records), batch_size):
-        chunk = records[start : start + batch_size]
-        pictures = [load_image(record.image) for record in chunk]
-        pixels = [crop(p) if resize == "crop" else image_tensor(p, size) for p in pictures]
-        texts = model.tokenizer([record.caption for record in chunk])
-        texts = texts[:, : int(texts.argmax(dim=1).max()) + 1]  # padding is never read
-        image_features.append(model.encode_image(torch.stack(pixels).to(device)))
-        text_features.append(model.encode_text(texts.to(device)))
-    model.train(was_training)
-    return feature_recall(torch.cat(image_features), torch.cat(text_features), ks)
 
 
 def owner_of_texts(text_image: Tensor | None, num_images: int, num_texts: int) -> Tensor:
@@ -269,10 +307,3 @@ def owner_of_texts(text_image: Tensor | None, num_images: int, num_texts: int) -
             f"{int(text_image.max())}"
         )
     return text_image.long()
-
-
-def _retrieval(text_ranks: Tensor, image_ranks: Tensor, ks: Sequence[int]) -> Retrieval:
-    def recall(ranks: Tensor) -> dict[int, float]:
-        return {k: float((ranks <= k).double().mean()) if len(ranks) else 0.0 for k in ks}
-
-    return Retrieval(recall(text_ranks), recall(image_ranks), len(text_ranks), len(image_ranks))

@@ -18,11 +18,12 @@ from fastgoal_kernels import hierarchical_topk
 from ..errors import ConfigError
 from ..retrieval import (
     LONG_TEXT_KS,
+    Ranks,
     Retrieval,
     candidates_needed,
-    feature_recall,
+    feature_ranks,
     owner_of_texts,
-    recall_of_best,
+    ranks_of_best,
 )
 from .model import Caft
 
@@ -91,7 +92,6 @@ def encode(
     )
 
 
-@torch.no_grad()
 def caft_recall(
     model: Caft,
     features: CaftFeatures,
@@ -103,12 +103,31 @@ def caft_recall(
     text_image: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Retrieval:
-    """Recall@K both ways, without the score matrix.
+    """Recall@K both ways: `caft_ranks(...).recall(ks)`."""
+    return caft_ranks(
+        model, features, ks, score=score, alpha=alpha, shortlist=shortlist,
+        text_image=text_image, device=device,
+    ).recall(ks)  # fmt: skip
+
+
+@torch.no_grad()
+def caft_ranks(
+    model: Caft,
+    features: CaftFeatures,
+    ks: Sequence[int] = LONG_TEXT_KS,
+    *,
+    score: str = "blended",
+    alpha: float = ALPHA,
+    shortlist: int = SHORTLIST,
+    text_image: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Ranks:
+    """The rank of each query's first right answer, both ways, without the score matrix.
 
     Args:
         model: gives the pool, the scales and the biases.
         features: of `encode`, by the same model.
-        ks: the K to report; a K above the number of candidates recalls everything.
+        ks: the K that will be asked for: ranks beyond the largest are not told apart.
         score: "whole"; "blended": (1 - alpha) whole + alpha parts for every pair; "reranked": the
             same for each image's `shortlist` best captions by whole logit, all others rank last,
             in both directions.
@@ -126,10 +145,11 @@ def caft_recall(
         raise ValueError(f"score must be one of {SCORES}; got {score!r}")
     device = model.logit_scale.device if device is None else torch.device(device)
     if score == "whole":
-        return feature_recall(
-            features.whole_image_features.to(device), features.whole_text_features.to(device), ks,
+        return feature_ranks(
+            features.whole_image_features.to(device),
+            features.whole_text_features.to(device),
             text_image=text_image,
-        )  # fmt: skip
+        )
     owner = owner_of_texts(
         text_image, len(features.whole_image_features), len(features.whole_text_features)
     )
@@ -148,4 +168,4 @@ def caft_recall(
         shortlist=shortlist if score == "reranked" else None,
         device=device,
     )
-    return recall_of_best(best, ks, owner)
+    return ranks_of_best(best, owner)

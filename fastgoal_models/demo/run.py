@@ -20,13 +20,14 @@ from rich.table import Table
 
 from ..checkpoints import write_text_atomically
 from ..devices import parse_device
+from ..evaluation import caption_set, evaluate_set
 from ..fast_goal import DEMO_CONFIG, FastGoalBatch, FastGoalModel
 from ..fast_goal_training import FastGoalTrainConfig
 from ..flism import match_pairs
 from ..glit import FastGoalDataset, GlitRecord, LocalPair, read_glit, write_glit
 from ..options import create_model, records_digest
 from ..progress import StepPrinter
-from ..retrieval import Retrieval, evaluate
+from ..retrieval import Retrieval
 from ..training import ConfigError, read_log, train, uses_bf16
 from . import maxsim_table, pictures
 from .facts import machine_facts
@@ -82,7 +83,8 @@ def run_demo(options: DemoOptions, console: Console) -> Path | None:
         console.print("[yellow]Random weights match at random: these pairs are arbitrary.[/]")
 
     _heading(console, "Long-text retrieval before")
-    before = evaluate(model, records, ks=KS)
+    photographs = caption_set(records, "photographs")
+    before = evaluate_set(model, photographs, ks=KS).retrieval
     console.print(_recall_table({"before": before}))
     shown = _record_for_heat_map(dataset.pairs, records)
     words_before = _word_cosines(model, items, dataset, shown)
@@ -107,7 +109,7 @@ def run_demo(options: DemoOptions, console: Console) -> Path | None:
         return None
 
     _heading(console, "Long-text retrieval after")
-    after = evaluate(model, records, ks=KS)
+    after = evaluate_set(model, photographs, ks=KS).retrieval
     console.print(_recall_table({"before": before, "after": after}))
     words_after = _word_cosines(model, items, dataset, shown)
     rematched = _match(model, records)

@@ -1,20 +1,10 @@
-"""The learning experiment: pointing, its page, and runs from end to end at a tiny size."""
+"""The learning experiment: its page, and runs from end to end at a tiny size."""
 
 import json
 
 import pytest
-import torch
 
 from benchmarks import facts, learning, learning_page
-
-
-def test_pointing_counts_the_brightest_cell_and_shares_ties():
-    heat = torch.zeros(4, 4)
-    heat[1, 2] = 1.0
-    box = (48.0, 24.0, 72.0, 48.0)  # exactly that cell of 96 pixels
-    assert learning._points_into(heat, box) == (1.0, 1 / 16)
-    assert learning._points_into(heat.T, box) == (0.0, 1 / 16)
-    assert learning._points_into(torch.ones(4, 4), box) == (1 / 16, 1 / 16)
 
 
 @pytest.mark.slow

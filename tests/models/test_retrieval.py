@@ -4,14 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from fastgoal_kernels import maxsim_scores, pack_tokens
 from fastgoal_kernels.functional import token_blocks
-from fastgoal_models import FastGoalModel, GlitRecord
-from fastgoal_models.glit import image_tensor, load_image
 from fastgoal_models.retrieval import (
-    evaluate,
+    Ranks,
     feature_recall,
     first_right_ranks,
     maxsim_recall,
@@ -150,46 +147,26 @@ def test_bad_owners(owner, message):
         recall_at_k(torch.zeros(2, 3), text_image=owner)
 
 
-@pytest.fixture(scope="module")
-def model() -> FastGoalModel:
-    torch.manual_seed(0)
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16
-        },
-        "text_cfg": {"context_length": 24, "width": 16, "heads": 2, "layers": 1},
-    }  # fmt: skip
-    return FastGoalModel.create(config, context_length=24)
+def test_intervals_bring_an_images_texts_along():
+    # Ten images with two texts each; both texts of an image are found, or neither.
+    owner = torch.arange(10).repeat_interleave(2)
+    ranks = torch.where(owner < 5, 1, 9)
+    found = Ranks(ranks, torch.tensor([1] * 9 + [3]), owner, torch.arange(10))
+    assert found.recall((1, 5)).text_to_image == {1: 0.5, 5: 0.5}
+    intervals = found.intervals((1, 10), samples=4000)
+    # Of ten draws between five and five: binomial, whose 95 % lie in 2 ... 8 of 10.
+    assert intervals.text_to_image == {1: (0.2, 0.8), 10: (1.0, 1.0)}
+    low, high = intervals.image_to_text[1]
+    assert low <= 0.9 <= high == 1.0
+    assert intervals == found.intervals((1, 10), samples=4000)
 
 
-@pytest.fixture
-def records(tmp_path) -> list[GlitRecord]:
-    found = []
-    for number, colour in enumerate(("red", "green", "blue")):
-        path = tmp_path / f"{colour}.png"
-        Image.new("RGB", (48, 32), colour).save(path)
-        caption = f"A {colour} rectangle."
-        found.append(GlitRecord(str(number), path, 48, 32, caption, (caption,)))
-    return found
-
-
-@pytest.mark.parametrize("resize", ["crop", "squash"])
-def test_evaluate_is_recall_of_the_models_features(model, records, resize):
-    """Plain colours look alike cropped or squashed, so one expectation holds for both."""
-    model.train()
-    found = evaluate(model, records, ks=(1, 2), resize=resize, batch_size=2)
-    assert model.training
-    with torch.no_grad():
-        images = torch.stack([image_tensor(load_image(r.image), 32) for r in records])
-        texts = model.tokenizer([record.caption for record in records])
-        scores = model.encode_image(images) @ model.encode_text(texts).T
-    assert found == recall_at_k(scores, ks=(1, 2))
-    assert found.num_images == 3
-
-
-def test_evaluate_refuses_what_it_can_not_do(model, records):
-    with pytest.raises(ValueError, match="'crop' or 'squash'"):
-        evaluate(model, records, resize="stretch")
-    with pytest.raises(ValueError, match="empty"):
-        evaluate(model, [])
+def test_intervals_leave_distractors_out_and_weigh_texts():
+    # Image 1 owns no text; image 2 owns three, all found; image 0 one, which is not.
+    owner = torch.tensor([0, 2, 2, 2])
+    found = Ranks(torch.tensor([4, 1, 1, 1]), torch.tensor([2, 1]), owner, torch.tensor([0, 2]))
+    # Both drawn twice, or one of each: 0 of 2, 6 of 6, or 3 of 4.
+    assert found.intervals((1,), confidence=0.2, samples=999).text_to_image[1] == (0.75, 0.75)
+    assert found.intervals((1,)).text_to_image[1] == (0.0, 1.0)
+    empty = torch.zeros(0, dtype=torch.int64)
+    assert Ranks(empty, empty, empty, empty).intervals((1,)).image_to_text == {1: (0.0, 0.0)}

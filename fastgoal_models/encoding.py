@@ -1,0 +1,173 @@
+"""Pictures and captions to features, in batches, with pictures decoded ahead of the model."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import image_transform
+from PIL import Image
+from torch import Tensor
+
+from .caft.captions import evaluation_parts, merge_published, split_published
+from .caft.data import text_rows
+from .caft.model import Caft
+from .captions import split_sentences
+from .errors import ConfigError
+from .fast_goal import FastGoalModel
+from .glit import GlitError, image_tensor, load_image
+
+RESIZES = ("crop", "squash")
+
+Transform = Callable[[Image.Image], Tensor]
+Progress = Callable[[int], None]
+"""is called with how many more are done"""
+
+
+def pixels_for(image_size: int, resize: str = "crop") -> Transform:
+    """From a picture to (3, S, S), normalised as CLIP's.
+
+    "crop" scales the shorter side and cuts out the centre, as CLIP's own evaluation does and
+    published figures are made; "squash" is what our training does. Raises ConfigError.
+    """
+    if resize not in RESIZES:
+        raise ConfigError(f"resize must be one of {RESIZES}; got {resize!r}")
+    if resize == "squash":
+        return lambda image: image_tensor(image, image_size)
+    crop: Any = image_transform(
+        image_size, is_train=False, resize_mode="shortest", interpolation="bicubic"
+    )
+    return crop
+
+
+def image_size_of(model: FastGoalModel | Caft) -> int:
+    """The side of the square that a model reads."""
+    return model.config.image_size if isinstance(model, Caft) else model.image_size
+
+
+@dataclass
+class Pictures:
+    """What was read of some pictures: which could be, and why the others could not."""
+
+    kept: list[int] = field(default_factory=list)
+    """places of those that were read"""
+    lost: dict[int, str] = field(default_factory=dict)
+    """reasons, by place"""
+
+
+def batches_of_pictures(
+    paths: Sequence[Path], transform: Transform, batch_size: int, found: Pictures
+) -> Iterator[Tensor]:
+    """Batches (N, 3, S, S) of the pictures that can be read, in order; `found` says which."""
+    workers = min(8, cpu_count() or 1)
+
+    def read(path: Path) -> Tensor:
+        return transform(load_image(path))
+
+    depth = 2 * batch_size  # decoded ahead of the model, and no more: pictures are large
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque(pool.submit(read, path) for path in paths[:depth])
+        batch: list[Tensor] = []
+        for place in range(len(paths)):
+            future = ahead.popleft()
+            if place + depth < len(paths):
+                ahead.append(pool.submit(read, paths[place + depth]))
+            try:
+                batch.append(future.result())
+                found.kept.append(place)
+            except GlitError as error:
+                found.lost[place] = str(error)
+            if len(batch) == batch_size:
+                yield torch.stack(batch)
+                batch = []
+        if batch:
+            yield torch.stack(batch)
+
+
+@torch.no_grad()
+def encode_pictures(
+    model: FastGoalModel,
+    paths: Sequence[Path],
+    *,
+    resize: str = "crop",
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    tokens: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Pictures]:
+    """Features (N, E), L2-normalised, on the CPU; with `tokens` those of every patch (N, h·w, E).
+
+    Pictures that can not be read are left out, and named in the second result.
+    """
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    found, parts = Pictures(), []
+    transform = pixels_for(model.image_size, resize)
+    for batch in batches_of_pictures(paths, transform, batch_size, found):
+        if tokens:
+            _, patches = model.image_tokens(batch.to(device))
+            encoded = torch.nn.functional.normalize(model.project_patches(patches), dim=-1)
+        else:
+            encoded = model.encode_image(batch.to(device))
+        parts.append(encoded.float().cpu())
+        if progress is not None:
+            progress(len(batch))
+    if not parts:
+        raise ConfigError(f"none of {len(paths)} pictures can be read: {_first(found)}")
+    return torch.cat(parts), found
+
+
+@torch.no_grad()
+def encode_captions(
+    model: FastGoalModel,
+    captions: Sequence[str],
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Tensor, int]:
+    """Features (M, E), L2-normalised, on the CPU, and how many captions ran past the context."""
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    rows = model.tokenizer(list(captions))
+    lengths = rows.argmax(dim=1) + 1
+    # Of rows that are full, those that would have been longer.
+    full = (lengths == rows.shape[1]).nonzero().flatten().tolist()
+    truncated = sum(len(model.tokenizer.encode(captions[at])) > rows.shape[1] - 2 for at in full)
+    order = lengths.argsort(stable=True)  # short ones with short ones: padding is never read
+    parts = []
+    for part in order.split(batch_size):
+        batch = rows[part, : int(lengths[part].max())]
+        parts.append(model.encode_text(batch.to(device)).float().cpu())
+        if progress is not None:
+            progress(len(part))
+    if not parts:
+        raise ConfigError("there are no captions to encode")
+    return torch.cat(parts)[order.argsort()], truncated
+
+
+def caft_rows(model: Caft, captions: Sequence[str], published: bool = False) -> tuple[Tensor, int]:
+    """Captions as a CAFT's parts (M, parts, L), and how many parts ran past the context.
+
+    `published`: cut and joined as the published code does, which its released scores need.
+    """
+    count = model.config.text.parts
+    parts = [
+        evaluation_parts(split_published(caption), count, merge_published)
+        if published and split_published(caption)
+        else evaluation_parts(split_sentences(caption) or [caption], count)
+        for caption in captions
+    ]
+    rows = torch.stack([text_rows(some, model.tokenizer) for some in parts])
+    room = rows.shape[-1] - 2
+    full = (rows.argmax(dim=-1) == rows.shape[-1] - 1).nonzero().tolist()
+    truncated = sum(len(model.tokenizer.encode(parts[i][j])) > room for i, j in full)
+    return rows, truncated
+
+
+def _first(found: Pictures) -> str:
+    return next(iter(found.lost.values()), "there are none")

@@ -1,0 +1,279 @@
+"""`fastgoal eval`: one model, or two side by side, on a set; a table, and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .caft.model import Caft
+from .checkpoints import write_text_atomically
+from .devices import parse_device
+from .errors import ConfigError
+from .evaluation import Evaluated, caption_set, evaluate_set, joint_precision, trained_on
+from .fast_goal import FastGoalModel
+from .glit import GlitRecord, read_glit
+from .loading import Loaded, load_model
+from .localisation import pointing
+from .progress import counting
+from .published_results import published_rows
+from .sets import CaptionSet, read_set
+from .zero_shot import class_folders, classify
+
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The options of `fastgoal eval`."""
+
+    model: str
+    pretrained: str | None = None
+    before: str | None = None
+    before_pretrained: str | None = None
+    data: Path | None = None
+    set_name: str | None = None
+    root: Path | None = None
+    classes: Path | None = None
+    trained_on: tuple[Path, ...] = ()
+    score: str | None = None
+    resize: str = "crop"
+    published: bool = False
+    context_length: int | None = None
+    batch_size: int = 64
+    device: str | None = None
+    json_path: Path | None = None
+    command: str = "fastgoal eval"
+
+
+@dataclass
+class _Column:
+    """What was measured of one model."""
+
+    loaded: Loaded
+    retrieval: Evaluated | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
+    """Evaluate, show, return what `--json` writes. Raises what a user can mend (see `cli`)."""
+    captioned, records = _read(options, console)
+    classes = None if options.classes is None else class_folders(options.classes)
+    if captioned is None and classes is None:
+        raise ConfigError("nothing to evaluate on. Fix: --data, --set with --root, or --classes")
+    device = parse_device(options.device)
+    asked = [(options.model, options.pretrained)]
+    if options.before is not None:
+        asked.insert(0, (options.before, options.before_pretrained))
+    columns = []
+    for name, pretrained in asked:
+        loaded = load_model(name, pretrained, context_length=options.context_length)
+        loaded.model.to(device).eval()
+        if loaded.random:
+            console.print(f"[yellow]{escape(loaded.name)} has random weights.[/]")
+        column = _Column(loaded)
+        columns.append(column)
+        if captioned is not None:
+            _retrieval(column, captioned, options, console)
+            _with_boxes(column, records)
+        if classes is not None:
+            _classes(column, classes, options, console)
+        loaded.model.cpu()
+    seen = _seen(captioned, options)
+    document = _document(options, captioned, columns, seen)
+    _show(document, captioned, columns, console)
+    if options.json_path is not None:
+        write_text_atomically(options.json_path, json.dumps(document, indent=1) + "\n")
+        console.print(f"{escape(str(options.json_path))} written", soft_wrap=True)
+    return document
+
+
+def _read(options: EvalOptions, console: Console) -> tuple[CaptionSet | None, list[GlitRecord]]:
+    if options.data is not None and options.set_name is not None:
+        raise ConfigError("give --data or --set, not both")
+    if options.set_name is not None:
+        if options.root is None:
+            raise ConfigError("--set needs --root, the folder that holds the set")
+        captioned, records = read_set(options.set_name, options.root), []
+    elif options.data is not None:
+        records, report = read_glit(options.data, root=options.root, verify_images=False)
+        captioned = caption_set(records, options.data.stem)
+        captioned.report = report
+    else:
+        return None, []
+    console.print(escape(str(captioned.report)), highlight=False, soft_wrap=True)
+    if captioned.note is not None:
+        console.print(f"[yellow]{escape(captioned.note)}[/]", soft_wrap=True)
+    return captioned, records
+
+
+def _retrieval(
+    column: _Column, captioned: CaptionSet, options: EvalOptions, console: Console
+) -> None:
+    with counting(console, "items") as bar:
+        task = bar.add_task("encoding", total=len(captioned.images) + captioned.num_captions)
+        column.retrieval = evaluate_set(
+            column.loaded.model,
+            captioned,
+            score=options.score,
+            resize=options.resize,
+            published=options.published,
+            batch_size=options.batch_size,
+            progress=lambda more: bar.advance(task, more),
+        )
+
+
+def _with_boxes(column: _Column, records: list[GlitRecord]) -> None:
+    """What only pictures with local pairs can tell."""
+    model = column.loaded.model
+    if not any(record.pairs for record in records):
+        return
+    if isinstance(model, FastGoalModel):
+        column.more["joint"] = joint_precision(model, records)._asdict()
+    column.more["pointing"] = pointing(model, records)._asdict()
+
+
+def _classes(
+    column: _Column, classes: dict[str, list[Path]], options: EvalOptions, console: Console
+) -> None:
+    model = column.loaded.model
+    if isinstance(model, Caft):
+        raise ConfigError("--classes is for CLIP models: a CAFT was not made to classify")
+    with counting(console, "items") as bar:
+        task = bar.add_task("classifying", total=sum(map(len, classes.values())))
+        column.more["classes"] = classify(
+            model,
+            classes,
+            batch_size=options.batch_size,
+            progress=lambda more: bar.advance(task, more),
+        )._asdict()
+
+
+def _seen(captioned: CaptionSet | None, options: EvalOptions) -> list[str]:
+    """Test images that were trained on."""
+    if captioned is None:
+        return []
+    found: dict[str, None] = {}
+    for path in options.trained_on:
+        records, _ = read_glit(path, verify_images=False)
+        found |= dict.fromkeys(trained_on(captioned, (record.image for record in records)))
+    return list(found)
+
+
+def _document(
+    options: EvalOptions, captioned: CaptionSet | None, columns: list[_Column], seen: list[str]
+) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "kind": "evaluation",
+        "command": options.command,
+        "set": None if captioned is None else captioned.name,
+        "note": None if captioned is None else captioned.note,
+        "skipped": {} if captioned is None else captioned.report.counts,
+        "trained_on": seen,
+        "models": [
+            {
+                "name": column.loaded.name,
+                "random_weights": column.loaded.random,
+                "retrieval": None if column.retrieval is None else column.retrieval.as_json(),
+                **column.more,
+            }
+            for column in columns
+        ],
+        "published": []
+        if captioned is None
+        else [row._asdict() for row in published_rows(captioned.name)],
+    }
+
+
+def _show(
+    document: dict[str, Any],
+    captioned: CaptionSet | None,
+    columns: list[_Column],
+    console: Console,
+) -> None:
+    title = "evaluation"
+    if captioned is not None:
+        images, texts = len(captioned.images), captioned.num_captions
+        title = f"{captioned.name}: {images:,} images, {texts:,} captions"
+    table = Table(title=escape(title))
+    table.add_column("%")
+    for column in columns:
+        table.add_column(escape(column.loaded.name), justify="right")
+    for label, cells in _rows(columns):
+        table.add_row(label, *cells)
+    console.print(table)
+    for column in columns:
+        _say_what_is_missing(column, console)
+    if document["trained_on"]:
+        names = document["trained_on"]
+        more = ", …" if len(names) > _NAMES_SHOWN else ""
+        console.print(
+            f"[bold red]{len(names)} test images are among the training images: "
+            f"{escape(', '.join(names[:_NAMES_SHOWN]))}{more}[/]",
+            soft_wrap=True,
+        )
+    if document["published"]:
+        _show_published(document["published"], console)
+
+
+def _rows(columns: list[_Column]) -> list[tuple[str, list[str]]]:
+    rows: list[tuple[str, list[str]]] = []
+    first = columns[0].retrieval
+    if first is not None:
+        for name, words in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
+            for k in getattr(first.retrieval, name):
+                rows.append((f"R@{k} {words}", [_recall(column, name, k) for column in columns]))
+    for key, label, parts in (
+        ("joint", "mAP@10, pictures and regions", ("text_to_image", "image_to_text")),
+        ("pointing", "pointing accuracy (chance)", ("hits", "chance")),
+        ("classes", "zero-shot top-1, top-5", ("top1", "top5")),
+    ):
+        if any(key in column.more for column in columns):
+            cells = [
+                " / ".join(f"{100 * column.more[key][part]:.1f}" for part in parts)
+                if key in column.more
+                else "–"
+                for column in columns
+            ]
+            rows.append((label, cells))
+    return rows
+
+
+def _recall(column: _Column, direction: str, k: int) -> str:
+    if column.retrieval is None:
+        return "–"
+    recall = getattr(column.retrieval.retrieval, direction)[k]
+    low, high = getattr(column.retrieval.intervals, direction)[k]
+    return f"{100 * recall:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def _say_what_is_missing(column: _Column, console: Console) -> None:
+    if column.retrieval is None:
+        return
+    name = escape(column.loaded.name)
+    if column.retrieval.truncated:
+        console.print(
+            f"{name}: {column.retrieval.truncated} captions ran past the context", soft_wrap=True
+        )
+    unread = column.retrieval.unread
+    if unread:
+        shown = "; ".join(list(unread.values())[:_NAMES_SHOWN])
+        console.print(
+            f"[yellow]{name}: {len(unread)} images could not be read: {escape(shown)}[/]",
+            soft_wrap=True,
+        )
+
+
+def _show_published(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="what papers report: R@1, %")
+    for word in ("model", "text → image", "image → text"):
+        table.add_column(word, justify="left" if word == "model" else "right")
+    for row in rows:
+        table.add_row(row["model"], f"{row['text_to_image']}", f"{row['image_to_text']}")
+    console.print(table)

@@ -1,0 +1,325 @@
+"""What a model makes of a set of captioned images, in numbers that can be compared with papers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgoal_kernels import maxsim_topk
+
+from .caft.model import Caft
+from .caft.scoring import SCORES as CAFT_SCORES
+from .caft.scoring import caft_ranks, encode
+from .encoding import (
+    Pictures,
+    Progress,
+    batches_of_pictures,
+    caft_rows,
+    encode_captions,
+    encode_pictures,
+    pixels_for,
+)
+from .errors import ConfigError
+from .fast_goal import FastGoalModel
+from .glit import GlitRecord, crop_region, load_image
+from .retrieval import Intervals, Ranks, Retrieval, candidates_needed, feature_ranks, ranks_of_best
+from .sets import CaptionedImage, CaptionSet
+
+CLIP_SCORES = ("global", "maxsim")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Retrieval on one set by one score."""
+
+    score: str
+    retrieval: Retrieval
+    intervals: Intervals
+    truncated: int
+    """captions (of a CAFT: parts of captions) that ran past the context and lost their end"""
+    unread: dict[str, str]
+    """images that could not be read, by id, and why; their captions count nowhere"""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; recalls and their 95 % intervals as shares."""
+        return {
+            "score": self.score,
+            "images": self.retrieval.num_images,
+            "texts": self.retrieval.num_texts,
+            "truncated": self.truncated,
+            "unread": self.unread,
+            "text_to_image": self._direction("text_to_image"),
+            "image_to_text": self._direction("image_to_text"),
+        }
+
+    def _direction(self, name: str) -> dict[str, Any]:
+        recalls, intervals = getattr(self.retrieval, name), getattr(self.intervals, name)
+        return {
+            str(k): {"recall": recall, "interval": list(intervals[k])}
+            for k, recall in recalls.items()
+        }
+
+
+def caption_set(records: Sequence[GlitRecord], name: str) -> CaptionSet:
+    """Records as a set in which each picture has its whole caption."""
+    return CaptionSet(name, [CaptionedImage(r.id, r.image, (r.caption,)) for r in records])
+
+
+def scores_of(model: FastGoalModel | Caft) -> tuple[str, ...]:
+    """The scores that a model can be judged by; the first is the default."""
+    return CAFT_SCORES if isinstance(model, Caft) else CLIP_SCORES
+
+
+def evaluate_set(
+    model: FastGoalModel | Caft,
+    captioned: CaptionSet,
+    *,
+    score: str | None = None,
+    ks: Sequence[int] | None = None,
+    resize: str = "crop",
+    published: bool = False,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Evaluated:
+    """Recall@K both ways, with any number of captions an image and without a full score matrix.
+
+    Args:
+        model: put into evaluation mode meanwhile, and back afterwards.
+        captioned: the images and their captions.
+        score: of a CLIP "global" (the cosine of whole features) or "maxsim" (of every word with
+            every patch); of a CAFT "whole", "blended" or "reranked".
+        ks: default: those that papers report for the set.
+        resize: "crop", as published figures are made, or "squash".
+        published: cut captions for a CAFT as the published code does.
+        batch_size: images, and captions, encoded at once.
+        progress: is called with how many more images or captions are done.
+
+    Raises:
+        ConfigError: an empty set, a score that the model has not.
+    """
+    score = score or scores_of(model)[0]
+    if score not in scores_of(model):
+        raise ConfigError(f"score must be one of {scores_of(model)}; got {score!r}")
+    if not captioned.images:
+        raise ConfigError(f"{captioned.name} has no images: there is nothing to evaluate")
+    ks = captioned.ks if ks is None else tuple(ks)
+    paths = [item.image for item in captioned.images]
+    was_training = model.training
+    model.eval()
+    try:
+        if isinstance(model, Caft):
+            ranks, truncated, found = _caft(
+                model, captioned, paths, score, ks, resize, published, batch_size, progress
+            )
+        else:
+            options = {"resize": resize, "batch_size": batch_size, "progress": progress}
+            ranks, truncated, found = _clip(model, captioned, paths, score, ks, options)
+    finally:
+        model.train(was_training)
+    unread = {captioned.images[place].id: why for place, why in found.lost.items()}
+    return Evaluated(score, ranks.recall(ks), ranks.intervals(ks), truncated, unread)
+
+
+def _clip(
+    model: FastGoalModel,
+    captioned: CaptionSet,
+    paths: list[Path],
+    score: str,
+    ks: tuple[int, ...],
+    options: dict[str, Any],
+) -> tuple[Ranks, int, Pictures]:
+    tokens = score == "maxsim"
+    images, found = encode_pictures(model, paths, tokens=tokens, **options)
+    captions, owner = _captions(captioned, found)
+    texts, truncated = encode_captions(
+        model, captions, batch_size=options["batch_size"], progress=options["progress"]
+    )
+    if not tokens:
+        return feature_ranks(images, texts, text_image=owner), truncated, found
+    words, offsets = word_tokens(model, captions, options["batch_size"])
+    best = maxsim_topk(
+        images, words, candidates_needed(ks, owner), text_offsets=offsets,
+        device=next(model.parameters()).device,
+    )  # fmt: skip
+    return ranks_of_best(best, owner), truncated, found
+
+
+def _caft(
+    model: Caft,
+    captioned: CaptionSet,
+    paths: list[Path],
+    score: str,
+    ks: tuple[int, ...],
+    resize: str,
+    published: bool,
+    batch_size: int,
+    progress: Progress | None,
+) -> tuple[Ranks, int, Pictures]:
+    found = Pictures()
+
+    def counted(batches: Iterable[Tensor]) -> Iterable[Tensor]:
+        for batch in batches:
+            yield batch
+            if progress is not None:
+                progress(len(batch))
+
+    pictures = batches_of_pictures(
+        paths, pixels_for(model.config.image_size, resize), batch_size, found
+    )
+    every, _ = _captions(captioned, None)
+    rows, _ = caft_rows(model, every, published)
+    features = encode(model, counted(pictures), counted(rows.split(batch_size)))
+    _, places = _owners(captioned, None)
+    kept, owner = _owners(captioned, found)
+    chosen = torch.tensor([at for at, place in enumerate(places.tolist()) if place in kept])
+    features = features._replace(
+        part_features=features.part_features[chosen],
+        whole_text_features=features.whole_text_features[chosen],
+    )
+    _, truncated = caft_rows(model, [every[at] for at in chosen.tolist()], published)
+    ranks = caft_ranks(model, features, ks, score=score, text_image=owner)
+    return ranks, truncated, found
+
+
+def _captions(captioned: CaptionSet, found: Pictures | None) -> tuple[list[str], Tensor]:
+    """The captions of the pictures that were read, and the place of each one's picture."""
+    kept, owner = _owners(captioned, found)
+    return [c for place in kept for c in captioned.images[place].captions], owner
+
+
+def _owners(captioned: CaptionSet, found: Pictures | None) -> tuple[list[int], Tensor]:
+    kept = list(range(len(captioned.images))) if found is None else found.kept
+    counts = torch.tensor([len(captioned.images[place].captions) for place in kept])
+    return kept, torch.arange(len(kept)).repeat_interleave(counts)
+
+
+@torch.no_grad()
+def word_tokens(
+    model: FastGoalModel, captions: Sequence[str], batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Projected, L2-normalised word tokens of captions, packed (total, E), and offsets (M + 1,).
+
+    The tokens between the start and the end token.
+    """
+    device = next(model.parameters()).device
+    rows = model.tokenizer(list(captions))
+    lengths = rows.argmax(dim=1) - 1  # without start and end
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        some = lengths[start : start + batch_size]
+        batch = rows[start : start + batch_size, : int(some.max()) + 2].to(device)
+        _, tokens = model.text_tokens(batch)
+        tokens = F.normalize(model.project_words(tokens), dim=-1).float().cpu()
+        inside = (torch.arange(tokens.shape[1]) >= 1) & (
+            torch.arange(tokens.shape[1]) <= some[:, None]
+        )
+        parts.append(tokens[inside])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return torch.cat(parts), offsets
+
+
+# -- the joint set of pictures and their parts ----------------------------------------------------
+
+
+class JointPrecision(NamedTuple):
+    """Mean average precision at `at`, both ways, in [0, 1]."""
+
+    text_to_image: float
+    image_to_text: float
+    at: int
+    records: int
+
+
+def average_precision_at(scores: Tensor, right: Tensor, at: int) -> Tensor:
+    """(queries,) AP@`at`: the precision at each right answer within the first `at`, over all right.
+
+    scores, right: (queries, candidates). Ties and NaN count against the model, as of ranks: the
+    wrong ones stand first.
+    """
+    clean = scores.masked_fill(scores.isnan(), -torch.inf)
+    wrong_first = right.to(torch.int8).argsort(dim=1, stable=True)  # then a stable sort by score
+    order = clean.gather(1, wrong_first).argsort(dim=1, descending=True, stable=True)
+    hits = right.gather(1, wrong_first).gather(1, order)[:, :at].double()
+    precision = hits.cumsum(dim=1) / torch.arange(1, hits.shape[1] + 1)
+    return (precision * hits).sum(dim=1) / right.sum(dim=1).clamp_min(1)
+
+
+@torch.no_grad()
+def joint_precision(
+    model: FastGoalModel, records: Sequence[GlitRecord], at: int = 10, batch_size: int = 64
+) -> JointPrecision:
+    """GOAL's mAP@10: pictures and their regions together against captions and sentences together.
+
+    For a caption its picture and the picture's region are right, and so for its sentence; and back.
+    Records without a pair are left out. Pictures and regions are cropped as in `evaluate_set`.
+
+    Raises ConfigError where no record has a pair, GlitError for a picture that can not be read.
+    """
+    with_pairs = [record for record in records if record.pairs]
+    if not with_pairs:
+        raise ConfigError("no record has a local pair. Fix: fastgoal prepare")
+    device, transform = next(model.parameters()).device, pixels_for(model.image_size)
+    wholes, regions = [], []
+    for start in range(0, len(with_pairs), batch_size):
+        images = [(load_image(r.image), r.pairs[0].box) for r in with_pairs[start:][:batch_size]]
+        for into, pictures in (
+            (wholes, [transform(image) for image, _ in images]),
+            (regions, [transform(crop_region(*cut)) for cut in images]),
+        ):
+            into.append(model.encode_image(torch.stack(pictures).to(device)).float().cpu())
+    v = torch.cat([*wholes, *regions])
+    texts = [record.caption for record in with_pairs]
+    texts += [record.sentences[record.pairs[0].sentence] for record in with_pairs]
+    t, _ = encode_captions(model, texts, batch_size=batch_size)
+    owner = torch.arange(len(with_pairs)).repeat(2)
+    right = owner[:, None] == owner
+    scores = t @ v.T
+    return JointPrecision(
+        float(average_precision_at(scores, right, at).mean()),
+        float(average_precision_at(scores.T, right, at).mean()),
+        at,
+        len(with_pairs),
+    )
+
+
+# -- was it trained on? ---------------------------------------------------------------------------
+
+
+def trained_on(tested: CaptionSet, training: Iterable[Path]) -> list[str]:
+    """The ids of test images that are among the training images: by name, or byte for byte.
+
+    By the file's name without its ending, where that is no mere number below a million: GLIT100k
+    and DCI both keep SA-1B's names. By content only files of equal size are compared.
+    """
+    names: set[str] = set()
+    sizes: dict[int, list[Path]] = {}
+    for path in training:
+        names.add(path.stem)
+        if path.is_file():
+            sizes.setdefault(path.stat().st_size, []).append(path)
+    digests: dict[int, set[bytes]] = {}
+    found = []
+    for item in tested.images:
+        if _telling(item.image.stem) and item.image.stem in names:
+            found.append(item.id)
+        elif item.image.is_file() and (size := item.image.stat().st_size) in sizes:
+            if size not in digests:
+                digests[size] = {_digest(path) for path in sizes[size]}
+            if _digest(item.image) in digests[size]:
+                found.append(item.id)
+    return found
+
+
+def _telling(stem: str) -> bool:
+    return not (stem.isdecimal() and int(stem) < 1_000_000)
+
+
+def _digest(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()

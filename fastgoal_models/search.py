@@ -1,0 +1,204 @@
+"""Images of a folder for a long text, and the index that makes the second search quick."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastgoal_kernels import maxsim_scores
+
+from .caft.model import Caft
+from .caft.scoring import ALPHA, encode
+from .detectors import weights_digest
+from .encoding import (
+    Pictures,
+    Progress,
+    batches_of_pictures,
+    caft_rows,
+    encode_captions,
+    encode_pictures,
+    pixels_for,
+)
+from .errors import ConfigError
+from .evaluation import word_tokens
+from .fast_goal import FastGoalModel
+from .zero_shot import picture_files
+
+SCORES = ("global", "maxsim", "reranked")
+SHORTLIST = 100
+"""Images that "reranked" looks at word by word."""
+
+
+class Hit(NamedTuple):
+    """An image that was found."""
+
+    image: Path
+    score: float
+
+
+@dataclass(frozen=True)
+class Index:
+    """The features of a folder's images under one model."""
+
+    folder: Path
+    names: list[str]
+    """paths relative to the folder"""
+    features: Tensor
+    """(num_images, E), L2-normalised, float32"""
+    weights: str
+    """digest of the model's weights"""
+
+    def save(self, path: Path) -> None:
+        """Write it in one step, as safetensors; no image is stored."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        notes = {
+            "kind": "fastgoal index",
+            "folder": str(self.folder),
+            "names": json.dumps(self.names),
+            "weights": self.weights,
+        }
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            save_file({"features": self.features.contiguous()}, temporary, metadata=notes)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Index:
+        """Read one back. Raises ConfigError for another kind of file."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = file.metadata() or {}
+                if notes.get("kind") != "fastgoal index":
+                    raise ConfigError(f"{path} is no index. Fix: make one with `fastgoal embed`")
+                return cls(
+                    Path(notes["folder"]),
+                    json.loads(notes["names"]),
+                    file.get_tensor("features"),
+                    notes["weights"],
+                )
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} can not be read as an index: {error}") from error
+
+
+def make_index(
+    model: FastGoalModel,
+    folder: Path,
+    *,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> tuple[Index, dict[str, str]]:
+    """The index of all pictures below a folder, and why others could not be read, by name.
+
+    Raises ConfigError for a folder without a picture that can be read.
+    """
+    paths = files_below(folder)
+    features, found = encode_pictures(model, paths, batch_size=batch_size, progress=progress)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    kept = [names[place] for place in found.kept]
+    lost = {names[place]: why for place, why in found.lost.items()}
+    return Index(folder.resolve(), kept, features, weights_digest(model)), lost
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The pictures below a folder. Raises ConfigError where there are none."""
+    paths = picture_files(folder) if folder.is_dir() else []
+    if not paths:
+        raise ConfigError(f"{folder} holds no pictures")
+    return paths
+
+
+def search_index(
+    model: FastGoalModel, index: Index, query: str, k: int, *, score: str = "global"
+) -> list[Hit]:
+    """The `k` best images for a text, best first; of equal scores the first by name.
+
+    Args:
+        model: the one that made the index.
+        index: of `make_index`.
+        query: any text; past the context it is cut.
+        k: how many; fewer where there are fewer.
+        score: "global": the cosine of whole features; "maxsim": each word's best patch, for every
+            image; "reranked": the mean of both, for the hundred best by the first.
+
+    Raises:
+        ConfigError: an unknown score, another model's index, an empty query, an image that has
+            gone since.
+    """
+    if score not in SCORES:
+        raise ConfigError(f"score must be one of {SCORES}; got {score!r}")
+    if not query.strip():
+        raise ConfigError("the query has no words")
+    if weights_digest(model) != index.weights:
+        raise ConfigError(
+            "the index was made by a model with other weights. Fix: make it anew with "
+            "`fastgoal embed`"
+        )
+    text, _ = encode_captions(model, [query])
+    scores = (index.features @ text.T)[:, 0]
+    if score == "global":
+        return _best(index, scores, torch.arange(len(scores)), k)
+    among = torch.arange(len(scores))
+    if score == "reranked":
+        among = scores.argsort(descending=True, stable=True)[: max(SHORTLIST, k)]
+    words, offsets = word_tokens(model, [query])
+    paths = [index.folder / index.names[place] for place in among.tolist()]
+    patches, found = encode_pictures(model, paths, tokens=True)
+    if found.lost:
+        raise ConfigError(f"an image of the index is gone: {next(iter(found.lost.values()))}")
+    fine = maxsim_scores(patches, words, text_offsets=offsets)
+    assert isinstance(fine, Tensor)
+    fine = fine[:, 0]
+    return _best(index, fine if score == "maxsim" else (fine + scores[among]) / 2, among, k)
+
+
+def _best(index: Index, scores: Tensor, among: Tensor, k: int) -> list[Hit]:
+    order = scores.argsort(descending=True, stable=True)[:k].tolist()
+    return [Hit(index.folder / index.names[int(among[at])], float(scores[at])) for at in order]
+
+
+@torch.no_grad()
+def search_with_caft(
+    model: Caft,
+    paths: Sequence[Path],
+    query: str,
+    k: int,
+    *,
+    alpha: float = ALPHA,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> tuple[list[Hit], dict[str, str]]:
+    """`search_index` for a CAFT: (1 - alpha) whole + alpha parts; and pictures not to be read."""
+    from fastgoal_kernels import hierarchical_scores
+
+    if not query.strip():
+        raise ConfigError("the query has no words")
+    found = Pictures()
+
+    def batches():
+        transform = pixels_for(model.config.image_size)
+        for batch in batches_of_pictures(paths, transform, batch_size, found):
+            yield batch
+            if progress is not None:
+                progress(len(batch))
+
+    rows, _ = caft_rows(model, [query])
+    features = encode(model, batches(), [rows])
+    scores = hierarchical_scores(
+        model.visual_proj, features.fine_tokens, features.part_features,
+        features.whole_image_features, features.whole_text_features,
+        model.logit_scale.exp().cpu(), model.logit_bias.cpu(),
+        model.logit_scale_coarse.exp().cpu(), model.logit_bias_coarse.cpu(), alpha=alpha,
+    )[:, 0]  # fmt: skip
+    order = scores.argsort(descending=True, stable=True)[:k].tolist()
+    hits = [Hit(paths[found.kept[at]], float(scores[at])) for at in order]
+    return hits, {str(paths[place]): why for place, why in found.lost.items()}

@@ -1,0 +1,113 @@
+"""`fastgoal embed` and `fastgoal search`: a folder of images, found by long texts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from .caft.model import Caft
+from .checkpoints import write_text_atomically
+from .devices import parse_device
+from .errors import ConfigError
+from .fast_goal import FastGoalModel
+from .loading import Loaded, load_fast_goal, load_model
+from .progress import counting
+from .search import Hit, Index, files_below, make_index, search_index, search_with_caft
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and where."""
+
+    model: str
+    pretrained: str | None = None
+    context_length: int | None = None
+    batch_size: int = 64
+    device: str | None = None
+
+
+def run_embed(images: Path, out: Path, options: ModelOptions, console: Console) -> None:
+    """Write the index of a folder's images. Raises what a user can mend (see `cli`)."""
+    loaded = load_fast_goal(
+        options.model, options.pretrained, context_length=options.context_length
+    )
+    model = loaded.model.to(parse_device(options.device)).eval()
+    _warn_of_random(loaded.random, console)
+    index = _index(model, images, options.batch_size, console)
+    index.save(out)
+    console.print(f"{len(index.names)} images: {escape(str(out))} written", soft_wrap=True)
+
+
+def run_search(
+    query: str,
+    source: Path,
+    k: int,
+    score: str | None,
+    options: ModelOptions,
+    sheet: Path | None,
+    json_path: Path | None,
+    console: Console,
+) -> list[Hit]:
+    """Find, show and draw. `source`: a folder of images, or an index of one."""
+    loaded: Loaded = load_model(
+        options.model, options.pretrained, context_length=options.context_length
+    )
+    model = loaded.model.to(parse_device(options.device)).eval()
+    _warn_of_random(loaded.random, console)
+    if isinstance(model, Caft):
+        if score not in (None, "blended") or source.is_file():
+            raise ConfigError("a CAFT searches a folder, by its blended score alone")
+        paths = files_below(source)
+        with counting(console, "images") as bar:
+            task = bar.add_task("encoding", total=len(paths))
+            hits, lost = search_with_caft(
+                model, paths, query, k, batch_size=options.batch_size,
+                progress=lambda more: bar.advance(task, more),
+            )  # fmt: skip
+        _say_lost(lost, console)
+    else:
+        index = (
+            Index.load(source)
+            if source.is_file()
+            else _index(model, source, options.batch_size, console)
+        )
+        hits = search_index(model, index, query, k, score=score or "reranked")
+    for place, hit in enumerate(hits, start=1):
+        console.print(f"{place:>3}  {hit.score:.4f}  {escape(str(hit.image))}", soft_wrap=True)
+    if sheet is not None:
+        from .sheets import draw_sheet
+
+        draw_sheet(query, hits, sheet)
+        console.print(f"{escape(str(sheet))} written", soft_wrap=True)
+    if json_path is not None:
+        found = [{"image": str(hit.image), "score": hit.score} for hit in hits]
+        document = {"query": query, "model": loaded.name, "images": found}
+        write_text_atomically(json_path, json.dumps(document, indent=1) + "\n")
+    return hits
+
+
+def _index(model: FastGoalModel, folder: Path, batch_size: int, console: Console) -> Index:
+    with counting(console, "images") as bar:
+        task = bar.add_task("encoding", total=len(files_below(folder)))
+        index, lost = make_index(
+            model, folder, batch_size=batch_size, progress=lambda more: bar.advance(task, more)
+        )
+    _say_lost(lost, console)
+    return index
+
+
+def _say_lost(lost: dict[str, str], console: Console) -> None:
+    if lost:
+        names = "; ".join(list(lost.values())[:5])
+        console.print(
+            f"[yellow]{len(lost)} images could not be read: {escape(names)}[/]", soft_wrap=True
+        )
+
+
+def _warn_of_random(random: bool, console: Console) -> None:
+    if random:
+        console.print("[yellow]The weights are random, and so is the order of what is found.[/]")

@@ -1,0 +1,175 @@
+"""`fastgoal eval`: its numbers are those of plain score matrices, and what is left out is named."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastgoal_kernels import maxsim_scores
+from fastgoal_models import write_glit
+from fastgoal_models.caft import Caft
+from fastgoal_models.cli import app
+from fastgoal_models.errors import ConfigError
+from fastgoal_models.evaluation import (
+    average_precision_at,
+    caption_set,
+    evaluate_set,
+    joint_precision,
+    trained_on,
+)
+from fastgoal_models.glit import crop_region, image_tensor, load_image
+from fastgoal_models.retrieval import recall_at_k
+from fastgoal_models.sets import CaptionedImage, CaptionSet
+from tests.models.small_models import CONFIG, coloured_records, small_clip
+
+CAFT = {
+    "embed_dim": 16, "pool_heads": 2,
+    "vision_cfg": {"image_size": 32, "width": 32, "heads": 2, "layers": [1, 1, 1, 1],
+                   "tokens": [4, 3, 2]},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1,
+                 "parts": 4, "whole_layers": 1, "adapter_width": 8},
+}  # fmt: skip
+
+
+@pytest.fixture
+def records(tmp_path):
+    return coloured_records(tmp_path)
+
+
+def score_matrix(model, records, captions):
+    images = torch.stack([image_tensor(load_image(r.image), 32) for r in records])
+    with torch.no_grad():
+        return model.encode_image(images) @ model.encode_text(model.tokenizer(captions)).T
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_global_recall_is_that_of_the_score_matrix(records, resize):
+    """Plain colours look alike cropped or squashed, so one expectation holds for both."""
+    model = small_clip().train()
+    found = evaluate_set(model, caption_set(records, "x"), ks=(1, 2), resize=resize, batch_size=2)
+    assert model.training
+    model.eval()
+    scores = score_matrix(model, records, [record.caption for record in records])
+    assert found.retrieval == recall_at_k(scores, ks=(1, 2))
+    assert found.intervals.text_to_image.keys() == {1, 2}
+    assert (found.score, found.truncated, found.unread) == ("global", 0, {})
+
+
+def test_several_captions_an_image_and_pictures_that_are_gone(records, tmp_path):
+    model = small_clip()
+    texts = [("Red.", "All red.", "x " * 40), ("Green.",), ("Blue.", "Sky.")]
+    items = [CaptionedImage(r.id, r.image, some) for r, some in zip(records, texts, strict=True)]
+    lost = CaptionedImage("lost", tmp_path / "lost.png", ("Nothing.", "No."))
+    found = evaluate_set(model, CaptionSet("x", [*items[:1], lost, *items[1:]]), ks=(1, 2))
+    captions = [caption for some in texts for caption in some]
+    owner = torch.tensor([0, 0, 0, 1, 2, 2])
+    scores = score_matrix(model, records, captions)
+    assert found.retrieval == recall_at_k(scores, ks=(1, 2), text_image=owner)
+    assert found.truncated == 1
+    assert list(found.unread) == ["lost"] and "missing" in found.unread["lost"]
+
+
+def test_maxsim_recall_is_that_of_the_words_and_patches(records):
+    model = small_clip()
+    found = evaluate_set(model, caption_set(records, "x"), score="maxsim", ks=(1, 2))
+    images = torch.stack([image_tensor(load_image(r.image), 32) for r in records])
+    scores = torch.zeros(3, 3)
+    with torch.no_grad():
+        patches = model.project_patches(model.image_tokens(images)[1])
+        for column, record in enumerate(records):
+            row = model.tokenizer([record.caption])
+            words = model.project_words(model.text_tokens(row)[1])[:, 1 : int(row.argmax())]
+            scores[:, column] = maxsim_scores(patches, words, normalize=True)[:, 0]
+    assert found.retrieval == recall_at_k(scores, ks=(1, 2))
+
+
+@pytest.mark.parametrize("score", ["whole", "blended", "reranked"])
+def test_a_caft_is_judged_by_its_own_scores(records, tmp_path, score):
+    torch.manual_seed(0)
+    model = Caft.create(CAFT, superpixels="grid").eval()
+    items = [CaptionedImage(r.id, r.image, (r.caption, "Short.")) for r in records]
+    whole = evaluate_set(model, CaptionSet("x", items), score=score, ks=(1, 3))
+    assert whole.retrieval.num_texts == 6 and whole.score == score
+    lost = CaptionedImage("lost", tmp_path / "lost.png", ("Nothing.",))
+    assert evaluate_set(model, CaptionSet("x", [lost, *items]), score=score, ks=(1, 3)) == (
+        whole.__class__(**vars(whole) | {"unread": {"lost": f"{lost.image}: image is missing"}})
+    )
+
+
+def test_what_can_not_be_evaluated(records):
+    model, captioned = small_clip(), caption_set(records, "x")
+    with pytest.raises(ConfigError, match="'crop', 'squash'"):
+        evaluate_set(model, captioned, resize="stretch")
+    with pytest.raises(ConfigError, match="'global', 'maxsim'"):
+        evaluate_set(model, captioned, score="whole")
+    with pytest.raises(ConfigError, match="no images"):
+        evaluate_set(model, CaptionSet("x", []))
+
+
+def test_average_precision_by_hand():
+    scores = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.5, 0.5, 0.5, 0.5]])
+    right = torch.tensor([[True, False, True, False], [True, False, False, True]])
+    # Right at 1 and 3: (1 + 2/3) / 2. All alike: the two wrong ones first, (1/3 + 2/4) / 2.
+    expected = [(1 + 2 / 3) / 2, (1 / 3 + 1 / 2) / 2]
+    assert average_precision_at(scores, right, 4).tolist() == pytest.approx(expected)
+    assert average_precision_at(scores, right, 1).tolist() == [0.5, 0.0]
+    nan = torch.tensor([[float("nan"), 0.0]])
+    assert average_precision_at(nan, torch.tensor([[True, False]]), 2).tolist() == [0.5]
+
+
+def test_joint_precision_is_that_of_all_pictures_and_parts(records):
+    model = small_clip()
+    found = joint_precision(model, records, at=4, batch_size=2)
+    cuts = [crop_region(load_image(r.image), r.pairs[0].box) for r in records]
+    with torch.no_grad():
+        wholes = [load_image(r.image) for r in records]
+        v = model.encode_image(torch.stack([image_tensor(p, 32) for p in [*wholes, *cuts]]))
+        texts = [r.caption for r in records] + [r.sentences[1] for r in records]
+        scores = model.encode_text(model.tokenizer(texts)) @ v.T
+    owner = torch.arange(3).repeat(2)
+    right = owner[:, None] == owner
+    expected = average_precision_at(scores, right, 4).mean()
+    assert found.text_to_image == pytest.approx(float(expected), abs=1e-6)
+    assert (found.at, found.records) == (4, 3)
+
+
+def test_training_images_among_the_test_images(records, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    copy = elsewhere / "another name.png"
+    copy.write_bytes(records[0].image.read_bytes())
+    same_name = elsewhere / "green.jpg"
+    same_name.write_bytes(b"other bytes")
+    captioned = caption_set(records, "x")
+    assert trained_on(captioned, [copy, same_name]) == ["red", "green"]
+    assert trained_on(captioned, []) == []
+    # A mere number is no name: every folder has its 12.png.
+    (tmp_path / "12.png").write_bytes(records[2].image.read_bytes() + b"x")
+    numbered = CaptionSet("x", [CaptionedImage("a", tmp_path / "12.png", ("x",))])
+    assert trained_on(numbered, [elsewhere / "12.png"]) == []
+
+
+def test_the_command(records, tmp_path):
+    write_glit(records, tmp_path / "data.jsonl")
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    for name in ("red", "blue"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        (tmp_path / "classes" / name / "1.png").write_bytes((tmp_path / f"{name}.png").read_bytes())
+    command = [
+        "eval", "--model", tmp_path / "model.json", "--before", tmp_path / "model.json",
+        "--data", tmp_path / "data.jsonl", "--classes", tmp_path / "classes",
+        "--trained-on", tmp_path / "data.jsonl", "--device", "cpu", "--json", tmp_path / "e.json",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, [str(word) for word in command])
+    assert done.exit_code == 0, done.output
+    assert "3 test images are among the training images" in done.output
+    document = json.loads((tmp_path / "e.json").read_text())
+    before, after = document["models"]
+    assert before["retrieval"] == after["retrieval"]
+    assert after["classes"]["pictures"] == 2 and after["pointing"]["sentences"] == 3
+    assert after["joint"]["records"] == 3
+    recall = after["retrieval"]["text_to_image"]["1"]
+    assert recall["interval"][0] <= recall["recall"] <= recall["interval"][1]
+    nothing = CliRunner().invoke(app, ["eval", "--model", str(tmp_path / "model.json")])
+    assert nothing.exit_code == 2 and "nothing to evaluate on" in nothing.output

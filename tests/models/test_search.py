@@ -1,0 +1,130 @@
+"""`fastgoal embed` and `fastgoal search`."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastgoal_models.cli import app
+from fastgoal_models.encoding import encode_captions, encode_pictures
+from fastgoal_models.errors import ConfigError
+from fastgoal_models.search import Index, make_index, search_index
+from fastgoal_models.zero_shot import class_folders, classify, picture_files
+from tests.models.small_models import CONFIG, coloured_records, small_clip
+
+QUERY = "A rectangle that is red all over."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    coloured_records(tmp_path / "pictures")
+    (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
+    return tmp_path / "pictures"
+
+
+def test_an_index_finds_what_a_plain_product_finds(folder, tmp_path):
+    model = small_clip()
+    index, lost = make_index(model, folder)
+    assert index.names == ["blue.png", "green.png", "red.png"]
+    assert list(lost) == ["broken.jpg"]
+    index.save(tmp_path / "index.safetensors")
+    back = Index.load(tmp_path / "index.safetensors")
+    assert torch.equal(back.features, index.features) and back.names == index.names
+    hits = search_index(model, back, QUERY, 2)
+    text, _ = encode_captions(model, [QUERY])
+    scores = (index.features @ text.T)[:, 0]
+    order = scores.argsort(descending=True)[:2].tolist()
+    assert [hit.image.name for hit in hits] == [index.names[at] for at in order]
+    assert [hit.score for hit in hits] == pytest.approx(scores[order].tolist())
+
+
+def test_reranking_is_the_mean_of_whole_and_words(folder):
+    model = small_clip()
+    index, _ = make_index(model, folder)
+
+    def found_by(score):
+        hits = search_index(model, index, QUERY, 3, score=score)
+        return {hit.image.name: hit.score for hit in hits}
+
+    by = {score: found_by(score) for score in ("global", "maxsim", "reranked")}
+    for name, score in by["reranked"].items():
+        assert score == pytest.approx((by["global"][name] + by["maxsim"][name]) / 2)
+    features, found = encode_pictures(model, [folder / name for name in index.names], tokens=True)
+    assert features.shape == (3, 4, 16) and not found.lost
+
+
+def test_what_can_not_be_searched(folder, tmp_path):
+    model = small_clip()
+    index, _ = make_index(model, folder)
+    with pytest.raises(ConfigError, match="other weights"):
+        search_index(small_clip(seed=1), index, QUERY, 1)
+    with pytest.raises(ConfigError, match="no words"):
+        search_index(model, index, "  ", 1)
+    with pytest.raises(ConfigError, match="global"):
+        search_index(model, index, QUERY, 1, score="whole")
+    (folder / "red.png").unlink()
+    with pytest.raises(ConfigError, match="is gone"):
+        search_index(model, index, QUERY, 1, score="maxsim")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no pictures"):
+        make_index(model, tmp_path / "empty")
+    (tmp_path / "no.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="can not be read as an index"):
+        Index.load(tmp_path / "no.safetensors")
+
+
+def test_links_out_of_the_folder_are_left_out(folder, tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes((folder / "red.png").read_bytes())
+    (folder / "link.png").symlink_to(outside)
+    assert [path.name for path in picture_files(folder)] == [
+        "blue.png", "broken.jpg", "green.png", "red.png"
+    ]  # fmt: skip
+
+
+def test_the_commands(folder, tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    torch.save(small_clip().clip.state_dict(), tmp_path / "weights.pt")
+    model = ["--model", tmp_path / "model.json", "--pretrained", tmp_path / "weights.pt"]
+
+    def run(*words):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    index = tmp_path / "index.safetensors"
+    assert "3 images" in run("embed", folder, "--out", index, *model)
+    sheet, found = tmp_path / "sheet.png", tmp_path / "found.json"
+    said = run("search", QUERY, index, "-k", 2, "--out", sheet, "--json", found, *model)
+    assert "1 images could not be read" in run("search", QUERY, folder, *model)
+    assert sheet.stat().st_size > 5000
+    images = json.loads(found.read_text())["images"]
+    assert len(images) == 2 and all(image["image"] in said for image in images)
+
+
+def test_classes_are_folders(folder, tmp_path):
+    for name in ("deep_red", "blue"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        picture = (folder / f"{name.removeprefix('deep_')}.png").read_bytes()
+        (tmp_path / "classes" / name / "1.png").write_bytes(picture)
+    (tmp_path / "classes" / "blue" / "broken.png").write_bytes(b"")
+    classes = class_folders(tmp_path / "classes")
+    assert list(classes) == ["blue", "deep red"]
+    found = classify(small_clip(), classes)
+    assert (found.classes, found.pictures, found.unread, found.top5) == (2, 2, 1, 1.0)
+    assert found.top1 in (0.0, 0.5, 1.0)
+    with pytest.raises(ConfigError, match="has 0 classes"):
+        class_folders(folder)
+
+
+def test_a_model_that_says_the_same_of_all_classes_knows_none(folder, tmp_path, monkeypatch):
+    from fastgoal_models import zero_shot
+
+    monkeypatch.setattr(
+        zero_shot, "class_features", lambda model, names: torch.ones(len(names), 16)
+    )
+    classes = {str(number): [folder / "red.png"] for number in range(6)}
+    found = classify(small_clip(), classes)
+    assert (found.top1, found.top5) == (0.0, 0.0)
