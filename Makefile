@@ -5,6 +5,7 @@
 #   make demo    fine-tune on photographs    DEMO_ARGS="--help"
 #   make bench   the benchmark sweep         BENCH_ARGS="--help"
 #   make lint, types, format                 ruff and pyrefly
+#   make docs    the documentation site      written to site/
 #   make lock    renew requirements/         LOCK_ARGS="--upgrade"
 #   make clean, distclean                    remove caches and builds; environments too
 #
@@ -29,7 +30,7 @@ DEFINITION := $(shell cat pyproject.toml setup.py requirements/*.txt | cksum | t
 READY := $(VENV)/.ready-$(DEFINITION)
 READY_TRITON36 := $(VENV_TRITON36)/.ready-$(DEFINITION)
 
-.PHONY: help setup triton36 test lint format types demo bench lock clean distclean
+.PHONY: help setup triton36 test lint format types demo bench docs lock clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -106,6 +107,17 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.device $(BENCH_ARGS)
 
+# Not in requirements/: tests need none of it. What is pinned there stays as it is.
+READY_DOCS := $(VENV)/.docs-$(DEFINITION)
+
+$(READY_DOCS): $(READY)
+	$(BIN)/uv pip install --python $(BIN)/python --constraint requirements/tested.txt \
+		-r pyproject.toml --extra docs
+	@touch $@
+
+docs: $(READY_DOCS)
+	$(BIN)/mkdocs build --strict --clean
+
 # Pins for every supported Python. Stays with the versions that are there as far as it can.
 $(BIN)/uv:
 	$(NEW_ENVIRONMENT)
@@ -115,7 +127,7 @@ lock: $(BIN)/uv
 		--custom-compile-command "make lock" $(LOCK_ARGS) pyproject.toml -o requirements/tested.txt
 
 clean:
-	rm -rf .benchmarks .cache .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .benchmarks .cache .hypothesis .pytest_cache .ruff_cache build dist site *.egg-info
 	find fastgoal_kernels fastgoal_models benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
