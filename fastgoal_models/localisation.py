@@ -76,6 +76,7 @@ def pointing(model: FastGoalModel | Caft, records: Sequence[GlitRecord]) -> Poin
     return pointing_of(found)
 
 
+@torch.no_grad()
 def sentence_maps(
     model: FastGoalModel | Caft, record: GlitRecord, sentences: Sequence[int]
 ) -> list[Tensor]:
