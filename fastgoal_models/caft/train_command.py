@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def run_caft_training(options: CaftTrainOptions, console: Console) -> TrainResul
     console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
     if not records:
         raise TrainingError(f"{options.data} has no usable sample")
-    model = _create(options).to(device)
+    model = _create(options, config.batch_size).to(device)
     if options.compile:
         model.visual.compile()
         model.transformer.compile()
@@ -113,13 +114,27 @@ def _read(options: CaftTrainOptions, splitting: Splitting) -> tuple[CaftSamples,
     return records, skipped, _digest(records)
 
 
-def _create(options: CaftTrainOptions) -> Caft:
+def _create(options: CaftTrainOptions, batch_size: int) -> Caft:
     config = CaftConfig.load(options.model)
     torch.manual_seed(options.seed)
     how: dict[str, Any] = {"superpixels": options.superpixels, "published": options.published}
     if options.checkpoint is not None:
         return Caft.from_checkpoint(options.checkpoint, config, **how)
-    return Caft.create(config, **how)
+    model = Caft.create(config, **how)
+    if options.preset == "default":
+        _start_biases(model, batch_size)
+    return model
+
+
+@torch.no_grad()
+def _start_biases(model: Caft, batch_size: int) -> None:
+    """Begin where a batch's positives and negatives weigh the same.
+
+    The published start, -10, suits batches of thousands; with a few dozen images it takes hundreds
+    of steps to climb back from it.
+    """
+    for bias in (model.logit_bias, model.logit_bias_coarse):
+        bias.fill_(max(-math.log(max(batch_size - 1, 1)), float(bias)))
 
 
 def _config(options: CaftTrainOptions) -> CaftTrainConfig:
