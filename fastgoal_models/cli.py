@@ -318,7 +318,7 @@ def train_fast_goal(
             min=1,
             help="Train LoRA adapters of this rank in both towers and nothing else: queries, keys "
             "and values of the attention and both layers of the MLP, not the attention's output "
-            "layer. Checkpoints hold merged weights. Needs fastgoal[lora].",
+            "layer. Checkpoints hold merged weights. Needs peft, of the extra lora.",
         ),
     ] = None,
     pairs: Annotated[

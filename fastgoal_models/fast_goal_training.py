@@ -18,6 +18,29 @@ from .fast_goal import FastGoalBatch, FastGoalModel
 from .glit import collate
 from .training import TrainConfig
 
+_PUBLISHED: dict[str, Any] = {
+    "epochs": 10,
+    "batch_size": 256,
+    "learning_rate": 5e-6,
+    "weight_decay": 0.05,
+    "decay_all": True,
+    "betas": (0.9, 0.999),
+    "warmup": 0.0,
+    "clip_norm": None,
+    "max_logit_scale": None,
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "published": _PUBLISHED,
+    # arXiv 2605.26615, on OpenAI's weights.
+    "fast-goal-b16": {"model": "ViT-B-16", "pretrained": "openai", **_PUBLISHED},
+    "fast-goal-l14": {"model": "ViT-L-14", "pretrained": "openai", **_PUBLISHED},
+    # arXiv 2503.17782: the defaults of its code, whose loss has the same parts and weights.
+    "goal-b16": {"model": "ViT-B-16", "pretrained": "openai", **_PUBLISHED, "batch_size": 16},
+}
+"""What each `--preset` sets: fields of FastGoalTrainConfig, and of the model to start from."""
+
 
 @dataclass(frozen=True)
 class FastGoalTrainConfig(TrainConfig):
@@ -40,18 +63,10 @@ class FastGoalTrainConfig(TrainConfig):
         AdamW at 5e-6 with weight decay 0.05 on every parameter, cosine to zero without warm-up, no
         clipping, no clamp on the scale, ten epochs of batches of 256.
         """
-        published: dict[str, Any] = {
-            "epochs": None if changes.get("steps") is not None else 10,
-            "batch_size": 256,
-            "learning_rate": 5e-6,
-            "weight_decay": 0.05,
-            "decay_all": True,
-            "betas": (0.9, 0.999),
-            "warmup": 0.0,
-            "clip_norm": None,
-            "max_logit_scale": None,
-        }
-        return cls(out=out, **(published | changes))
+        recipe = dict(_PUBLISHED)
+        if changes.get("steps") is not None:
+            recipe["epochs"] = None
+        return cls(out=out, **(recipe | changes))
 
     def collate(self, items: Sequence[FastGoalBatch]) -> FastGoalBatch:
         """Items of a FastGoalDataset as one batch, its texts cut after their longest."""

@@ -2,78 +2,154 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import difflib
+import types
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from .checkpoints import write_text_atomically
 from .devices import parse_device
+from .errors import ConfigError
 from .fast_goal import FastGoalModel
-from .fast_goal_training import FastGoalTrainConfig
+from .fast_goal_training import RECIPES, FastGoalTrainConfig
 from .flism import match_pairs
+from .frozen import lock_towers
 from .glit import FastGoalDataset, GlitRecord, read_glit
 from .loading import architecture
+from .lora import LoraAdapters, check_lora
 from .options import create_model, records_digest
 from .trackers import trackers, watched
 from .training import TrainingError, TrainResult, train, uses_bf16
 
+CONFIG_FILE = "config.yaml"
+
+_HEADER = """\
+# All options of this run. The same again: fastgoal train fast-goal --config THIS_FILE --out FOLDER
+# Options on the command line win over these. Paths start at the folder the command is given in.
+"""
+
+# As they are typed, and as they are called here.
+_ALIASES = {"lr": "learning_rate"}
+
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of `fastgoal train`; `changes` are the ones that override the preset."""
+    """The options of `fastgoal train fast-goal`, besides those of the recipe."""
 
     data: Path
-    out: Path
     root: Path | None = None
     model: str = "ViT-B-16"
     pretrained: str | None = None
     context_length: int = 248
     preset: str = "default"
-    changes: dict[str, Any] | None = None
-    save_every: int | None = None
-    num_workers: int = 0
+    unlocked_image_blocks: int | None = None  # None: the whole tower trains
+    unlocked_text_blocks: int | None = None
+    lora: int | None = None  # the rank
+    pairs: str = "best"
+    top_k: int = 3
+    long_captions: str = "cut"
     strict: bool = False
-    seed: int = 0
-    resume: bool = False
     device: str | None = None
-    precision: str = "auto"
     tensorboard: bool = False
     wandb: bool = False
 
 
-def run_training(options: TrainOptions, console: Console) -> TrainResult:
+def resolve_options(
+    given: Mapping[str, Any], config_file: Path | None = None
+) -> tuple[TrainOptions, FastGoalTrainConfig]:
+    """All options of a run, from those that were given.
+
+    What is given wins over the configuration file, which wins over its own preset; a preset that is
+    given wins over the file. Fields are those of TrainOptions and FastGoalTrainConfig. `steps` and
+    `epochs` stand for each other: the one that wins leaves the other out.
+
+    Args:
+        given: by name; values of the fields' own types. `lr` means `learning_rate`.
+        config_file: YAML or JSON, as `save_options` writes it; it need not have all fields.
+
+    Raises ConfigError, naming the option, for one that is unknown, missing, or has a value that
+    makes no sense; OSError for a file that can not be read.
+    """
+    given = {_ALIASES.get(name, name): value for name, value in given.items()}
+    from_file = {} if config_file is None else _read_config(config_file)
+    preset = given.get("preset", from_file.get("preset", "default"))
+    if preset not in RECIPES:
+        raise ConfigError(f"--preset must be one of {', '.join(RECIPES)}; got {preset!r}")
+    recipe = RECIPES[preset]
+    layers = [from_file, recipe, given] if "preset" in given else [recipe, from_file, given]
+    values: dict[str, Any] = {"epochs": 10}
+    for layer in layers:
+        if any(layer.get(name) is not None for name in ("steps", "epochs")):
+            values |= {"steps": None, "epochs": None}
+        values |= layer
+    missing = [f"--{name}" for name in ("data", "out") if values.get(name) is None]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} missing. Fix: give it, or a --config with it")
+    own = {field.name for field in fields(TrainOptions)}
+    options = TrainOptions(**{name: value for name, value in values.items() if name in own})
+    rest = {name: value for name, value in values.items() if name not in own}
+    return options, FastGoalTrainConfig(**rest)
+
+
+def save_options(options: TrainOptions, config: FastGoalTrainConfig) -> Path:
+    """Write `config.yaml` into the run's folder, whole or not at all; returns its path."""
+    path = config.out / CONFIG_FILE
+    values = asdict(options) | asdict(config)
+    plain = {name: _plain(value) for name, value in values.items()}
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    write_text_atomically(path, _HEADER + text)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def run_training(
+    options: TrainOptions, config: FastGoalTrainConfig, console: Console, *, resume: bool = False
+) -> TrainResult:
     """Read, match where pairs are missing, train. Raises what a user can mend (see `cli`)."""
-    config = _config(options)  # first: a mistyped option should not wait for the data
+    # First: a mistyped option should not wait for the data.
     device = parse_device(options.device)
+    _check_what_trains(options)
     others = trackers(
-        options.out,
+        config.out,
         asdict(options) | asdict(config),
         tensorboard=options.tensorboard,
         wandb=options.wandb,
-        resume=options.resume,
+        resume=resume,
     )
     records, skipped = read_glit(options.data, root=options.root, strict=options.strict)
     console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
     if not records:
         raise TrainingError(f"{options.data} has no usable record")
-    model = create_model(
-        options.model, options.pretrained, options.seed, options.context_length
-    ).to(device)
+    model = create_model(options.model, options.pretrained, config.seed, options.context_length).to(
+        device
+    )
     records = _match_where_missing(model, records, options.pretrained is not None, console)
-    dataset = FastGoalDataset(records, model.tokenizer, model.image_size, model.context_length)
+    dataset = _dataset(model, records, options, config, console)
     console.print(
         f"{len(records)} records, {options.model} with "
         f"{escape(options.pretrained or 'random weights')}, {device}, "
         f"{'bf16' if uses_bf16(config, device) else 'float32'}"
     )
+    adapters = _choose_what_trains(model, options, config, console)
     identity = {
         "model": options.model,
         "pretrained": options.pretrained,
         "architecture": architecture(options.model, options.pretrained),
         "context_length": options.context_length,
         "data": records_digest(records),
+        **_unusual(options),
     }
     with watched(console, others) as on_step:
         result = train(
@@ -81,8 +157,10 @@ def run_training(options: TrainOptions, console: Console) -> TrainResult:
             dataset,
             config,
             device=device,
-            resume=options.resume,
+            resume=resume,
             identity=identity,
+            adapters=adapters,
+            on_start=lambda: save_options(options, config),
             on_step=on_step,
         )
     console.print(f"{result.step} of {result.total_steps} steps done: {result.checkpoint}")
@@ -103,16 +181,141 @@ def _match_where_missing(
     return [matched.get(record.id, record) for record in records]
 
 
-def _config(options: TrainOptions) -> FastGoalTrainConfig:
-    changes: dict[str, Any] = {
-        "seed": options.seed,
-        "precision": options.precision,
-        "save_every": options.save_every,
-        "num_workers": options.num_workers,
-        **(options.changes or {}),
-    }
-    if options.preset == "published":
-        return FastGoalTrainConfig.published(options.out, **changes)
-    if "steps" not in changes:
-        changes.setdefault("epochs", 10)
-    return FastGoalTrainConfig(out=options.out, **changes)
+def _dataset(
+    model: FastGoalModel,
+    records: list[GlitRecord],
+    options: TrainOptions,
+    config: FastGoalTrainConfig,
+    console: Console,
+) -> FastGoalDataset:
+    with warnings.catch_warnings():
+        # The console says it in more words.
+        warnings.filterwarnings("ignore", ".* and lose their end", UserWarning)
+        dataset = FastGoalDataset(
+            records,
+            model.tokenizer,
+            model.image_size,
+            model.context_length,
+            sampling=options.pairs,
+            top_k=options.top_k,
+            seed=config.seed,
+            long_captions=options.long_captions,
+        )
+    if dataset.long:
+        said = f"{dataset.long} of {len(records)} captions are longer than "
+        said += f"{dataset.context_length} tokens: "
+        if options.long_captions == "cut":
+            said += "they lose their end (--long-captions chunk keeps it, as items of their own)"
+        else:
+            runs = len(dataset) - (len(records) - dataset.long)
+            said += (
+                f"{runs} runs of whole sentences take their place, {dataset.truncated} of which "
+                f"lose the end of a sentence that is too long alone; {dataset.left_out} more have "
+                "no local pair and are left out"
+            )
+        console.print(f"[yellow]{said}[/]", highlight=False, soft_wrap=True)
+    if options.pairs != "best" and dataset.single:
+        console.print(
+            f"[yellow]{dataset.single} of {len(dataset)} items have one local pair to draw from, "
+            "which they always get[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return dataset
+
+
+def _check_what_trains(options: TrainOptions) -> None:
+    if options.lora is None:
+        return
+    check_lora(options.lora)
+    if (options.unlocked_image_blocks, options.unlocked_text_blocks) != (None, None):
+        raise ConfigError(
+            "--lora keeps both towers' own weights as they are. Fix: leave "
+            "--unlocked-image-blocks and --unlocked-text-blocks out"
+        )
+
+
+def _choose_what_trains(
+    model: FastGoalModel, options: TrainOptions, config: FastGoalTrainConfig, console: Console
+) -> LoraAdapters | None:
+    adapters = None
+    if options.lora is not None:
+        adapters = LoraAdapters(model, options.lora, config.seed)
+    else:
+        lock_towers(model, options.unlocked_image_blocks, options.unlocked_text_blocks)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    if not all(trains for _, trains in sizes):
+        training = sum(size for size, trains in sizes if trains)
+        total = sum(size for size, _ in sizes)
+        console.print(f"{training:,} of {total:,} parameters train", highlight=False)
+    return adapters
+
+
+def _unusual(options: TrainOptions) -> dict[str, Any]:
+    """Options that a resumed run must agree on, where they are not as they are by default.
+
+    Runs from before these options have no word of them, and can be resumed.
+    """
+    names = ["unlocked_image_blocks", "unlocked_text_blocks", "lora", "pairs", "long_captions"]
+    if options.pairs != "best":
+        names.append("top_k")
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(TrainOptions, name)}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config: {path} must hold options, one a line, as name: value")
+    hints = get_type_hints(TrainOptions) | get_type_hints(FastGoalTrainConfig)
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        name = _ALIASES.get(name, name)
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            meant = f". Did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"--config: {path} has an unknown option {key!r}{meant}")
+        try:
+            values[name] = _as_type(hints[name], value)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"--config: {path}: {key} can not be {value!r}. Fix: {_in_words(hints[name])}"
+            ) from None
+    return values
+
+
+def _as_type(hint: Any, value: Any) -> Any:
+    """A value of a YAML file as the type of its field. Raises TypeError or ValueError."""
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if types.NoneType in kinds:
+            return None
+        raise TypeError
+    kind = kinds[0]
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list) or len(value) != len(get_args(kind)):
+            raise TypeError
+        return tuple(_as_type(k, v) for k, v in zip(get_args(kind), value, strict=True))
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        return float(value)  # YAML takes 5e-6, which has no dot, for a word
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _in_words(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(_in_words, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"a list of {len(get_args(hint))} numbers"
+    names = {
+        int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null",
+        str: "text", Path: "a path",
+    }  # fmt: skip
+    return names[hint]

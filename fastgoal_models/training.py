@@ -154,6 +154,20 @@ class Records(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+class Adapters(Protocol):
+    """Small weights that train beside a model's own, which stay as they were when it was built."""
+
+    def merged(self) -> dict[str, Tensor]:
+        """The state dict of a model without them that gives the same results."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Raises RuntimeError where they were trained beside other weights than the model's."""
+        ...
+
+
 def train(
     model: nn.Module,
     dataset: Records,
@@ -162,6 +176,8 @@ def train(
     device: torch.device | str | None = None,
     resume: bool | Path = False,
     identity: Mapping[str, Any] | None = None,
+    adapters: Adapters | None = None,
+    on_start: Callable[[], object] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place; write `log.jsonl` and `checkpoints/` below `config.out`.
@@ -177,15 +193,22 @@ def train(
             that one. False starts afresh, and refuses to where checkpoints are.
         identity: what else a resumed run must agree on, e.g. the model's name and a digest of the
             data; plain JSON values.
+        adapters: those of `model`. A checkpoint then holds the merged weights, and its state the
+            adapters; a resumed run needs a model that was built from the same weights.
+        on_start: called once, when nothing speaks against the run any more, before its first step.
         on_step: called after each step.
 
     Raises:
+        ConfigError: a moving average is asked for with adapters.
         TrainingError: too few records, checkpoints in the way, a loss or gradient that is not
             finite (the weights since the last checkpoint are then lost on purpose). In fp16 a step
             whose gradient overflowed is left out and counted, and the run goes on.
         CheckpointError: nothing to resume from, a damaged checkpoint, or one of a run that was
             started differently; the message names the fields.
     """
+    if adapters is not None and config.ema is not None:
+        # It pairs parameters by their order, which peft's adapters change in a forward pass.
+        raise ConfigError("ema does not go with adapters. Fix: leave ema or --lora out")
     device = default_device() if device is None else torch.device(device)
     total = _total_steps(config, len(dataset))
     folder, log_path = config.out / "checkpoints", config.out / "log.jsonl"
@@ -201,15 +224,20 @@ def train(
     parts_of_state: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler}
     if average is not None:
         parts_of_state["ema"] = average
+    if adapters is not None:
+        parts_of_state["adapters"] = adapters
     done, skipped, saved = 0, 0, None
     if resume is not False:
         checkpoint = _find_checkpoint(folder, resume, run)
-        _restore(checkpoint, model, parts_of_state, device)
+        # With adapters its weights are merged ones, and the model has its own already.
+        _restore(checkpoint, model if adapters is None else None, parts_of_state, device)
         done, saved = checkpoint.step, checkpoint.path
         skipped = checkpoint.state.get("skipped_steps", 0)  # older runs did not count
     elif latest_checkpoint(folder) is not None:
         raise TrainingError(f"{folder} already holds checkpoints: resume, or choose another folder")
     _keep_log_until(log_path, done)
+    if on_start is not None:
+        on_start()
 
     loader = _loader(dataset, config, done, total, device)
     autocast = torch.autocast(device.type, **_autocast_options(config, device))
@@ -266,7 +294,7 @@ def train(
                 state = {name: part.state_dict() for name, part in parts_of_state.items()}
                 state["random"] = _random_states(device)
                 state["skipped_steps"] = skipped
-                weights = model.state_dict()
+                weights = model.state_dict() if adapters is None else adapters.merged()
                 saved = save_checkpoint(folder, done, weights, state, run, keep=config.keep)
             if stop:
                 break
@@ -499,12 +527,13 @@ def _find_checkpoint(folder: Path, resume: bool | Path, run: Mapping[str, Any]) 
 
 def _restore(
     checkpoint: Checkpoint,
-    model: nn.Module,
+    model: nn.Module | None,
     parts_of_state: Mapping[str, Any],
     device: torch.device,
 ) -> None:
     try:
-        model.load_state_dict(checkpoint.weights)
+        if model is not None:
+            model.load_state_dict(checkpoint.weights)
         for name, part in parts_of_state.items():
             part.load_state_dict(checkpoint.state[name])
     except (RuntimeError, ValueError, KeyError) as error:

@@ -1,0 +1,149 @@
+"""`fastgoal interpolate`: weights between two models, as WiSE-FT does (arXiv 2109.01903).
+
+A fine-tuned model has often forgotten some of what the one before it knew. The weights in between
+keep much of both, and cost nothing: (1 − alpha) · old + alpha · new.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .checkpoints import latest_checkpoint
+from .errors import ConfigError
+from .hf_checkpoints import read_weights
+from .positional import stretch_positional_embedding
+
+_SHOWN = 3  # differences that an error names
+_POSITIONS = ("positional_embedding", "text.positional_embedding")
+
+
+@dataclass(frozen=True)
+class InterpolateOptions:
+    """The options of `fastgoal interpolate`."""
+
+    old: Path
+    new: Path
+    out: Path
+    alpha: float = 0.5
+    force: bool = False
+
+
+def run_interpolate(options: InterpolateOptions, console: Console) -> None:
+    """Read both, write what lies between. Raises what a user can mend (see `cli`)."""
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"OUT must be a .safetensors file, not {options.out}")
+    if options.out.exists() and not options.force:
+        raise ConfigError(f"{options.out} exists already. Fix: --force replaces it")
+    files = _weights_of(options.old), _weights_of(options.new)
+    old, new = (_as_open_clip(read_weights(file)) for file in files)
+    old, stretched = _stretched_like(old, new)
+    weights = interpolate(old, new, options.alpha)
+    _save(weights, options.out)
+    if stretched:
+        console.print(f"The old model's texts were stretched to {stretched} positions.")
+    console.print(
+        escape(
+            f"Wrote {options.out}: {1 - options.alpha:g} · {files[0]} + {options.alpha:g} · "
+            f"{files[1]}, {len(weights)} tensors. To load it, with the name of their model:\n"
+            f"  --model NAME --pretrained {options.out}"
+        ),
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def interpolate(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], alpha: float
+) -> dict[str, Tensor]:
+    """(1 − alpha) · old + alpha · new for each weight, in the new one's dtype.
+
+    Computed in float32, or float64 where one is that. 0 gives the old weights, 1 the new ones, to
+    the bit where their dtypes agree. What is not floating point (counters) is taken from the new.
+
+    Raises ConfigError for an alpha outside [0, 1], or for names or shapes that differ, naming the
+    first of them.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"--alpha must be 0 (the old model) to 1 (the new one); got {alpha}")
+    differing = _differences(old, new)
+    if differing:
+        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise ConfigError(
+            f"these are not weights of one architecture: {'; '.join(differing[:_SHOWN])}{more}. "
+            "Fix: give two models that differ only in their training"
+        )
+    between = {}
+    for name, value in new.items():
+        if not value.is_floating_point():
+            between[name] = value.clone()
+            continue
+        wide = torch.promote_types(torch.promote_types(old[name].dtype, value.dtype), torch.float32)
+        between[name] = torch.lerp(old[name].to(wide), value.to(wide), alpha).to(value.dtype)
+    return between
+
+
+def _differences(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[str]:
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        if name not in new:
+            found.append(f"only the old one has {name}")
+        elif name not in old:
+            found.append(f"only the new one has {name}")
+        elif old[name].shape != new[name].shape:
+            shapes = tuple(old[name].shape), tuple(new[name].shape)
+            found.append(f"{name} has shape {shapes[0]} in the old one, {shapes[1]} in the new")
+        elif old[name].is_floating_point() != new[name].is_floating_point():
+            found.append(
+                f"{name} is {old[name].dtype} in the old one, {new[name].dtype} in the new"
+            )
+    return found
+
+
+def _weights_of(path: Path) -> Path:
+    """The file of weights that is meant: itself, a checkpoint's, or that of a run's newest."""
+    if not path.is_dir() or (path / "model.safetensors").is_file():
+        return path
+    return latest_checkpoint(path / "checkpoints") or latest_checkpoint(path) or path
+
+
+def _as_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under open_clip's names where a FastGoalModel wrote them, which holds its CLIP as `clip`."""
+    if all(name.startswith("clip.") for name in weights):
+        return {name.removeprefix("clip."): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _stretched_like(
+    old: dict[str, Tensor], new: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], int | None]:
+    """The old weights, with text positions stretched to the new ones' number as training does."""
+    for name in _POSITIONS:
+        if name in old and name in new and len(old[name]) < len(new[name]):
+            length = len(new[name])
+            try:
+                positions = stretch_positional_embedding(old[name], length)
+            except ValueError:
+                continue  # not a stretch of these: `interpolate` says that the shapes differ
+            return old | {name: positions}, length
+    return old, None
+
+
+def _save(weights: Mapping[str, Tensor], path: Path) -> None:
+    """All of it or nothing: the file gets its name when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".writing-{path.name}-{secrets.token_hex(4)}")
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
