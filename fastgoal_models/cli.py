@@ -31,7 +31,6 @@ app = typer.Typer(
     name="fastgoal",
     help="Train CLIP on long captions with FAST-GOAL and CAFT.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
