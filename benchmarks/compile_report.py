@@ -1,12 +1,17 @@
 """Compile every Triton kernel configuration ahead of time and report what it became; no GPU needed.
 
     python -m benchmarks.compile_report [--arch 80 90 …] [--only TEXT] [--json PATH] [--no-cache]
+                                        [--new | --record]
 
 Every module of fastgoal_kernels/ops that has `compile_cases(arch)` is compiled with the Triton that
 is installed. Exits with 1 when a configuration does not compile, spills, wants more shared memory
 than a block may have, or (matrix kernels) misses its matrix instructions: wgmma on sm_90 for 16-bit
 inputs, any elsewhere. Results are cached in .cache/compile_report by kernel source, Triton version
 and configuration, so that only what changed is compiled again.
+
+benchmarks/results/compiled.txt remembers, by the same digests, which configurations were found to
+be right: `--record` writes it from a run over all of them, and `--new` compiles the others only,
+as the tests do. A changed kernel, configuration, compiler or reader has a new digest.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import os
 import pkgutil
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -40,6 +45,7 @@ from .cubin import LIMITS, Compiled, compile_case
 
 ARCHITECTURES = (80, 86, 90, 100)
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "compile_report"
+RECORD = Path(__file__).resolve().parent / "results" / "compiled.txt"
 WORKERS = 2
 
 
@@ -129,6 +135,26 @@ def compile_all(addresses: list[CaseAddress], use_cache: bool, console: Console)
     return [rows[address] for address in addresses]
 
 
+def recorded() -> set[str]:
+    """Digests of configurations that compiled without a problem, with this Triton."""
+    return set(_record().get(triton.__version__, ()))
+
+
+def record(keys: Iterable[str]) -> None:
+    """Put these digests in the place of all that this Triton had."""
+    versions = _record() | {triton.__version__: sorted(keys)}
+    lines = [f"{version} {key}\n" for version in sorted(versions) for key in versions[version]]
+    RECORD.write_text("".join(lines))
+
+
+def _record() -> dict[str, list[str]]:
+    versions: dict[str, list[str]] = {}
+    for line in RECORD.read_text().splitlines() if RECORD.is_file() else ():
+        version, key = line.split()
+        versions.setdefault(version, []).append(key)
+    return versions
+
+
 def _table(rows: list[Compiled], arch: int) -> Table:
     table = Table(title=f"sm_{arch}, Triton {triton.__version__}")
     for column in ("kernel", "configuration", "matrix instr."):
@@ -179,9 +205,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="kernels whose name or label contains this")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--no-cache", action="store_true", help="compile everything again")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--new", action="store_true", help="only what is not on record")
+    which.add_argument("--record", action="store_true", help="put what is right on record")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
+
+    partial = arguments.only or set(arguments.arch) != set(ARCHITECTURES)
+    if arguments.record and partial:
+        parser.error("--record is for a run over everything: leave --arch and --only out")
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     addresses = [
@@ -191,8 +224,17 @@ def main(argv: list[str] | None = None) -> int:
         for index, case in enumerate(module_cases(module, arch))
         if arguments.only in f"{case.name} {case.label}"
     ]
+    exposed = bool(addresses)
+    if arguments.new:
+        known = recorded()
+        every = len(addresses)
+        addresses = [a for a in addresses if case_key(a.case(), a.arch) not in known]
+        console.print(f"{every - len(addresses)} configurations are on record")
     rows = compile_all(addresses, not arguments.no_cache, console)
     bad = report(rows, console)
+    if arguments.record:
+        right = (a for a, row in zip(addresses, rows, strict=True) if not row.problems)
+        record(case_key(a.case(), a.arch) for a in right)
     if arguments.json:
         document = {
             "command": "python -m benchmarks.compile_report " + " ".join(argv or sys.argv[1:]),
@@ -201,9 +243,9 @@ def main(argv: list[str] | None = None) -> int:
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    if not rows:
+    if not exposed:
         console.print("no kernel exposes compile cases", style="red")
-    return 1 if bad or not rows else 0
+    return 1 if bad or not exposed else 0
 
 
 if __name__ == "__main__":

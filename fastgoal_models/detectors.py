@@ -67,10 +67,16 @@ def create_detector(spec: str, device: torch.device, least_score: float = LEAST_
 
 
 class TransformersDetector:
-    """YOLOS, DETR and other detectors of `transformers`, all pictures of a call in one batch."""
+    """YOLOS, DETR and other detectors of `transformers`; pictures of one shape share a batch."""
 
     def __init__(self, name: str, device: torch.device, least_score: float = LEAST_SCORE) -> None:
-        from transformers import AutoImageProcessor, AutoModelForObjectDetection
+        try:
+            from transformers import AutoImageProcessor, AutoModelForObjectDetection
+        except ImportError as error:
+            raise ConfigError(
+                f"detector {name!r} needs transformers, which is not installed. "
+                "Fix: pip install 'fastgoal[hf]'"
+            ) from error
 
         try:
             # Never code that comes with the weights.
@@ -79,25 +85,39 @@ class TransformersDetector:
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ConfigError(f"detector {name!r} can not be loaded: {error}") from error
         self.name, self.device, self.least_score = name, device, least_score
-        self.model = model.to(device).eval()
+        # Weights in half precision load as such, and the pictures are float32.
+        self.model = model.to(device).float().eval()
 
     def identity(self) -> str:
         return f"transformers:{self.name}, {weights_digest(self.model)}, {self.least_score}"
 
     @torch.no_grad()
     def detect(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
-        inputs = self.processor(images=list(images), return_tensors="pt").to(self.device)
-        found = self.processor.post_process_object_detection(
-            self.model(**inputs),
-            threshold=self.least_score,
-            target_sizes=[(image.height, image.width) for image in images],
-        )
+        # One by one, because the processor would pad them to the largest of a call, and YOLOS knows
+        # no padding: its boxes would be shares of the padded picture.
+        inputs = [self.processor(images=[image], return_tensors="pt") for image in images]
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for place, one in enumerate(inputs):
+            alike.setdefault(tuple(one["pixel_values"].shape), []).append(place)
         labels = self.model.config.id2label
-        return [
-            _best_first(one["boxes"], [labels.get(n, str(n)) for n in one["labels"].tolist()],
-                        one["scores"])
-            for one in found
-        ]  # fmt: skip
+        results: list[list[Detection]] = [[] for _ in images]
+        for places in alike.values():
+            batch = {
+                key: torch.cat([inputs[place][key] for place in places]).to(self.device)
+                for key in inputs[places[0]]
+            }
+            found = self.processor.post_process_object_detection(
+                self.model(**batch),
+                threshold=self.least_score,
+                target_sizes=[(images[place].height, images[place].width) for place in places],
+            )
+            for place, one in zip(places, found, strict=True):
+                results[place] = _best_first(
+                    one["boxes"],
+                    [labels.get(n, str(n)) for n in one["labels"].tolist()],
+                    one["scores"],
+                )
+        return results
 
 
 class TorchvisionDetector:
@@ -117,6 +137,8 @@ class TorchvisionDetector:
         model = get_model(name, weights=None, weights_backbone=None)
         try:
             model.load_state_dict(read_weights(Path(weights)))
+        except FileNotFoundError as error:
+            raise ConfigError(f"detector torchvision:{spec}: there is no {weights}") from error
         except RuntimeError as error:
             raise ConfigError(f"{weights} holds no weights of {name}: {error}") from error
         self.name, self.device, self.least_score = name, device, least_score

@@ -208,9 +208,11 @@ def image_tensor(
     Squashed, not cropped, so that boxes scale with the picture and nothing of it is lost.
     """
     squashed = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(squashed, dtype=np.float32) / 255)
-    pixels = (pixels - torch.tensor(mean)) / torch.tensor(std)
-    return pixels.permute(2, 0, 1).contiguous()
+    # In NumPy, which leaves the interpreter's lock and starts no threads of its own: this runs in
+    # threads that read ahead.
+    pixels = np.array(squashed, dtype=np.float32) / np.float32(255)
+    pixels = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 # -- reading and writing --------------------------------------------------------------------------
@@ -270,7 +272,9 @@ def json_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def parse_line(number: int, line: bytes, folder: Path, verify_images: bool) -> GlitRecord:
+def parse_line(
+    number: int, line: bytes, folder: Path, verify_images: bool, with_pairs: bool = True
+) -> GlitRecord:
     """The record of one line; its images lie in `folder`. Raises Unusable."""
     name = f"line {number}"
     try:
@@ -299,7 +303,7 @@ def parse_line(number: int, line: bytes, folder: Path, verify_images: bool) -> G
         _, width, height = _open_image(path, decode=verify_images)
     except Unusable as skip:
         raise Unusable(skip.reason, name) from skip
-    pairs = row.get("pairs") or []
+    pairs = (row.get("pairs") or []) if with_pairs else []
     if pairs and (row.get("width", width), row.get("height", height)) != (width, height):
         raise Unusable("boxes are for a picture of another size", name)
     return GlitRecord(

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ from .glit import (
 
 PART = 256  # lines
 _DECODERS = min(8, os.cpu_count() or 1)
+_RUN = "run.json"  # in the parts' folder: what they were made with
 
 
 class PrepareError(UserError, RuntimeError):
@@ -160,7 +162,7 @@ def prepare(
     name = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
     folder, beside = _beside(out, ".parts"), _beside(out, ".provenance.json")
     if (finished := _finished(out, beside, name)) is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         return Prepared(out, True, finished, len(source.starts), 0)
     _claim(folder, name, provenance)
 
@@ -185,16 +187,19 @@ def prepare(
     seconds = time.perf_counter() - began
 
     missing = sum(not _part(folder, n).is_file() for n in range(len(source.starts)))
-    if missing:
-        report = _report(folder, mine)
-        return Prepared(out, False, report, len(source.starts), missing, images, seconds)
-    report = _join(folder, len(source.starts), out)
+    report = None if missing else _join(folder, len(source.starts), out)
     if report is None:
-        report = _finished(out, beside, name) or SkipReport()
-        return Prepared(out, True, report, len(source.starts), 0, images, seconds)
-    notes = {"name": name, **provenance, "read": report.read, "skipped": report.counts}
-    write_text_atomically(beside, json.dumps(notes | {"names": report.names}, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+        # Another shard may have joined them meanwhile, and taken the parts away.
+        report = _finished(out, beside, name)
+        if report is None and missing:
+            report = _report(folder, mine)
+            return Prepared(out, False, report, len(source.starts), missing, images, seconds)
+        if report is None:
+            raise PrepareError(f"parts of {folder} were removed meanwhile. Fix: run it again")
+    else:
+        notes = {"name": name, **provenance, "read": report.read, "skipped": report.counts}
+        _note(folder, beside, json.dumps(notes | {"names": report.names}, indent=1) + "\n")
+    _remove(folder)
     return Prepared(out, True, report, len(source.starts), 0, images, seconds)
 
 
@@ -230,7 +235,7 @@ def _read(
     number: int, line: bytes, root: Path, published: bool
 ) -> tuple[GlitRecord, Image.Image] | Unusable:
     try:
-        record = parse_line(number, line, root, verify_images=False)
+        record = parse_line(number, line, root, verify_images=False, with_pairs=False)
         image = load_image(record.image)
     except Unusable as skip:
         return skip
@@ -286,7 +291,7 @@ def _lines_in(source: Input, parts: Sequence[int], lines_a_part: int) -> int:
 
 def _claim(folder: Path, name: str, provenance: dict[str, Any]) -> None:
     """Make the parts' folder this run's. Raises PrepareError where it is another's."""
-    note = folder / "run.json"
+    note = folder / _RUN
     if note.is_file():
         there = json.loads(note.read_text("utf-8"))
         differ = [
@@ -306,9 +311,11 @@ def _claim(folder: Path, name: str, provenance: dict[str, Any]) -> None:
 
 def _finished(out: Path, beside: Path, name: str) -> SkipReport | None:
     """What was kept and left out, if the file of this very run is there. Raises PrepareError."""
-    if not out.exists():
-        return None
     notes = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+    if not out.exists():
+        if notes.get("name") != name:  # of a file that was removed, and not of the one to come
+            beside.unlink(missing_ok=True)
+        return None
     if notes.get("name") != name:
         if notes or not _beside(out, ".parts").is_dir():
             raise PrepareError(
@@ -339,8 +346,8 @@ def _join(folder: Path, parts: int, out: Path) -> SkipReport | None:
     None where another shard did so meanwhile, and took the parts away.
     """
     report, seen, joined = SkipReport(), set(), 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    # Among the parts, so that what a killed run leaves of it goes with them.
+    temporary = folder / f"joined-{secrets.token_hex(4)}"
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             for part in _parts(folder, range(parts)):
@@ -359,6 +366,31 @@ def _join(folder: Path, parts: int, out: Path) -> SkipReport | None:
         if joined < parts:
             return None
         temporary.replace(out)
+    except FileNotFoundError:
+        return None
     finally:
         temporary.unlink(missing_ok=True)
     return report
+
+
+def _note(folder: Path, beside: Path, text: str) -> None:
+    """Write what the file was made with beside it, in one step, and from among the parts, too."""
+    temporary = folder / f"note-{secrets.token_hex(4)}"
+    try:
+        write_text_atomically(temporary, text)
+        temporary.replace(beside)
+    except FileNotFoundError:  # another shard was first, and took the parts away
+        if not beside.is_file():
+            raise
+
+
+def _remove(folder: Path) -> None:
+    """Take the parts away, and what tells whose they are last.
+
+    Killed in between, no part is left that another run could take for its own.
+    """
+    with suppress(OSError):
+        for path in folder.glob("*"):
+            if path.name != _RUN:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -203,11 +203,16 @@ def test_a_case_that_contradicts_its_kernel_is_refused():
 # ---------------------------------------------------------------------------------------------
 
 
-def run_report(python: str, path: Path, archs: list[int]) -> dict:
+ARCHS = list(compile_report.ARCHITECTURES)
+# A kernel and configuration that is compiled whatever is on record.
+ONE = "maxsim_rows_kernel bf16 D=512 winners 128x256x64"
+
+
+def run_report(python: str, path: Path, archs: list[int], *options: str) -> dict:
     """The report's rows as `python` (and its Triton) sees them; asserts that none has a problem."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    arguments = ["--json", str(path), "--arch", *map(str, archs)]
+    arguments = ["--json", str(path), "--arch", *map(str, archs), *options]
     result = subprocess.run(
         [python, "-m", "benchmarks.compile_report", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -216,28 +221,27 @@ def run_report(python: str, path: Path, archs: list[int]) -> dict:
     return json.loads(path.read_text())
 
 
-def check_document(document: dict, archs: list[int]) -> None:
-    rows = document["rows"]
-    assert {row["arch"] for row in rows} == set(archs)
+def check_rows(rows: list[dict]) -> None:
     for row in rows:
         assert row["registers"] > 0 and row["instructions"] > 0, row
         assert row["spill_stores"] == row["spill_loads"] == 0, row
         assert row["shared"] <= cubin.LIMITS[row["arch"]].shared_per_block, row
         assert row["problems"] == [], row
-    hopper_forward = [
-        row for row in rows if row["arch"] == 90 and "maxsim" in row["name"] and row["matrix"]
-    ]
-    assert any("HGMMA" in row["matrix"] for row in hopper_forward)
+
+
+def check_kernels(python: str, version: str, folder: Path) -> None:
+    """What is not on record compiles well, and one kernel does so in any case."""
+    fresh = run_report(python, folder / "new.json", ARCHS, "--new")
+    assert fresh["triton"].startswith(version)
+    check_rows(fresh["rows"])
+    one = run_report(python, folder / "one.json", [90], "--only", ONE, "--no-cache")
+    check_rows(one["rows"])
+    assert any("HGMMA" in row["matrix"] for row in one["rows"])
 
 
 @pytest.mark.slow
 def test_every_kernel_compiles_well_with_this_triton(tmp_path):
-    # Each minute here is a minute of every change: sm_86 is for `python -m
-    # benchmarks.compile_report`, and so are all but Hopper with Triton 3.6.
-    archs = [80, 90, 100]
-    document = run_report(sys.executable, tmp_path / "report.json", archs)
-    assert document["triton"] == triton.__version__
-    check_document(document, archs)
+    check_kernels(sys.executable, triton.__version__, tmp_path)
 
 
 @pytest.mark.slow
@@ -245,7 +249,48 @@ def test_every_kernel_compiles_well_with_triton_3_6(tmp_path):
     python = os.environ.get("FASTGOAL_TRITON36_PYTHON")
     if not python:
         pytest.skip("FASTGOAL_TRITON36_PYTHON names no interpreter with Triton 3.6")
-    archs = [90]
-    document = run_report(python, tmp_path / "report.json", archs)
-    assert document["triton"].startswith("3.6.")
-    check_document(document, archs)
+    check_kernels(python, "3.6.", tmp_path)
+
+
+def test_only_what_is_not_on_record_is_compiled(tmp_path, monkeypatch, capsys):
+    cases = [ROW_SUM, replace(ROW_SUM, num_warps=8)]
+    monkeypatch.setattr(compile_report, "RECORD", tmp_path / "compiled.txt")
+    monkeypatch.setattr(compile_report, "kernel_modules", lambda: ["here"])
+    monkeypatch.setattr(compile_report, "module_cases", lambda module, arch: cases)
+    keys = [compile_report.case_key(case, 90) for case in cases]
+    assert keys[0] != keys[1]
+    compile_report.record(keys[1:])
+    compile_report.record(keys[:1])
+    assert compile_report.recorded() == {keys[0]}
+    asked = []
+
+    def compiled(addresses, use_cache, console):
+        asked.extend(addresses)
+        return [cubin.compile_case(address.case(), address.arch) for address in addresses]
+
+    monkeypatch.setattr(compile_report, "compile_all", compiled)
+    assert compile_report.main(["--arch", "90", "--new"]) == 0
+    assert [address.index for address in asked] == [1]
+    assert "1 configurations are on record" in capsys.readouterr().out
+    monkeypatch.setattr(compile_report, "ARCHITECTURES", (90,))
+    assert compile_report.main(["--record"]) == 0
+    assert compile_report.recorded() == set(keys)
+    with pytest.raises(SystemExit):
+        compile_report.main(["--record", "--only", "row"])
+
+
+def test_a_problem_is_never_recorded(tmp_path, monkeypatch):
+    spills = matmul_case(m=128, n=256, num_warps=4)
+    monkeypatch.setattr(compile_report, "RECORD", tmp_path / "compiled.txt")
+    monkeypatch.setattr(compile_report, "ARCHITECTURES", (80,))
+    monkeypatch.setattr(compile_report, "kernel_modules", lambda: ["here"])
+    monkeypatch.setattr(compile_report, "module_cases", lambda module, arch: [ROW_SUM, spills])
+    monkeypatch.setattr(
+        compile_report,
+        "compile_all",
+        lambda addresses, use_cache, console: [
+            cubin.compile_case(address.case(), address.arch) for address in addresses
+        ],
+    )
+    assert compile_report.main(["--record"]) == 1
+    assert compile_report.recorded() == {compile_report.case_key(ROW_SUM, 80)}

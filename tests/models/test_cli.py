@@ -87,7 +87,11 @@ def test_version():
 @pytest.mark.parametrize(
     "command, words",
     [
-        ([], ["demo", "train", "--version"]),
+        ([], ["demo", "train", "--version", "--install-completion"]),
+        (["prepare"], ["--detector", "--shard", "--published"]),
+        (["eval"], ["--set", "--before", "--trained-on"]),
+        (["search"], ["--score", "--out", "-k"]),
+        (["embed"], ["--out", "--model"]),
         (["demo"], ["--steps", "--pretrained", "--resume"]),
         (["train", "fast-goal"], ["--data", "--strict", "--preset"]),
         (["train", "caft"], ["--data", "--superpixels", "--negatives"]),

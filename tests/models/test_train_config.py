@@ -96,7 +96,7 @@ def test_the_presets_of_the_command_are_the_recipes():
 )
 def test_named_recipes(preset, model, batch_size):
     options, config = resolve_options(GIVEN | {"preset": preset})
-    assert (options.model, options.pretrained, options.context_length) == (model, "openai", 248)
+    assert (options.model, options.pretrained, options.context_length) == (model, "openai", None)
     assert config == FastGoalTrainConfig.published(Path("run"), batch_size=batch_size)
     options, config = resolve_options(
         GIVEN | {"preset": preset, "model": "ViT-B-32", "lr": 1e-4, "steps": 7}

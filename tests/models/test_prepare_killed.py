@@ -1,0 +1,147 @@
+"""`prepare` killed at any moment, and resumed: the bytes of an undisturbed run, and nothing else.
+
+One interpreter forks every run that is killed: importing PyTorch is the slow part.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes"),
+]
+
+# Never a parallel product before a fork: the children would wait for threads they do not have.
+COMMON = """
+import json, os, random, signal, sys, threading, time
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+spec = spec_from_file_location("prepare_test", sys.argv[1])
+test = module_from_spec(spec)
+spec.loader.exec_module(test)
+
+home = Path(sys.argv[2])
+data = test.make_data(home / "data")
+model = test.make_model()
+
+def start(out, before=lambda: None):
+    child = os.fork()
+    if child == 0:
+        try:
+            before()
+            test.run(data, out, test.make_matcher(model, batch_size=5))
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+def wait(child):
+    status = os.waitpid(child, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+def fresh(name):
+    (home / name).mkdir()
+    return home / name / "pairs.jsonl"
+
+def note(out):
+    return out.with_name(out.name + ".provenance.json")
+
+wanted_out = fresh("undisturbed")
+began = time.perf_counter()
+assert wait(start(wanted_out)) == 0
+seconds = time.perf_counter() - began
+wanted = [wanted_out.read_bytes(), note(wanted_out).read_bytes()]
+
+def check(out):
+    "What is there under a name of its own is whole."
+    for path, whole in zip([out, note(out)], wanted):
+        if path.exists():
+            assert path.read_bytes() == whole, path
+    for part in out.with_name(out.name + ".parts").glob("*.json"):
+        try:
+            json.loads(part.read_text("utf-8"))
+        except FileNotFoundError:
+            pass  # of a run that goes on
+
+def check_finished(out):
+    check(out)
+    assert sorted(out.parent.iterdir()) == [out, note(out)], sorted(out.parent.iterdir())
+"""
+
+AT_RANDOM = """
+rng, exits, finished = random.Random(0), [], 0
+out = fresh("0")
+while exits.count(-signal.SIGKILL) < 20:
+    child = start(out)
+    until = time.perf_counter() + rng.uniform(0.02, 1.0) * seconds
+    while (left := until - time.perf_counter()) > 0:
+        check(out)
+        time.sleep(min(left, 0.002))
+    os.kill(child, signal.SIGKILL)
+    exits.append(wait(child))
+    check(out)
+    if exits[-1] == 0:  # it was faster
+        check_finished(out)
+        finished += 1
+        out = fresh(str(finished))
+    assert exits[-1] in (0, -signal.SIGKILL) and len(exits) < 60, exits
+assert wait(start(out)) == 0
+check_finished(out)
+print(json.dumps(exits))
+"""
+
+# Python tells of every file that is written, renamed or removed, just before it happens.
+AT_EVERY_FILE = """
+EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+
+def die_at(count, folder):
+    def before():
+        left = [count]
+        def hook(event, arguments):
+            reads = event == "open" and "w" not in (arguments[1] or "")
+            if event in EVENTS and not reads and str(arguments[0]).startswith(str(folder)):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+    return before
+
+exits = []
+while not exits or exits[-1] == -signal.SIGKILL:
+    out = fresh(f"event {len(exits)}")
+    exits.append(wait(start(out, die_at(len(exits) + 1, out.parent))))
+    check(out)
+    assert wait(start(out)) == 0
+    check_finished(out)
+print(json.dumps(exits))
+"""
+
+
+@pytest.fixture(scope="module")
+def exits(tmp_path_factory):
+    ran = subprocess.run(
+        [sys.executable, "-c", COMMON + AT_RANDOM + AT_EVERY_FILE,
+         str(Path(__file__).with_name("test_prepare.py")), str(tmp_path_factory.mktemp("killed"))],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def test_killed_twenty_times_at_random(exits):
+    assert exits[0].count(-signal.SIGKILL) == 20
+
+
+def test_killed_at_every_file_it_touches(exits):
+    assert exits[1] == [-signal.SIGKILL] * (len(exits[1]) - 1) + [0]
+    assert len(exits[1]) > 20  # four parts, their folder, the whole, its note
