@@ -22,10 +22,12 @@ from .loading import Loaded, load_model
 from .localisation import pointing
 from .progress import counting
 from .published_results import published_rows
+from .search import Hit
 from .sets import CaptionSet, read_set
 from .zero_shot import class_folders, classify
 
 _NAMES_SHOWN = 5
+_SHOWN, _SHEETS = 8, 6  # images a sheet; sheets of the worst captions, and of others
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class EvalOptions:
     context_length: int | None = None
     batch_size: int = 64
     device: str | None = None
+    sheets: Path | None = None
     json_path: Path | None = None
     command: str = "fastgoal eval"
 
@@ -84,6 +87,8 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
         if classes is not None:
             _classes(column, classes, options, console)
         loaded.model.cpu()
+    if options.sheets is not None and captioned is not None:
+        _draw_sheets(columns[-1], captioned, options.sheets, console)
     seen = _seen(captioned, options)
     document = _document(options, captioned, columns, seen)
     _show(document, captioned, columns, console)
@@ -124,8 +129,30 @@ def _retrieval(
             resize=options.resize,
             published=options.published,
             batch_size=options.batch_size,
+            show=_SHOWN if options.sheets is not None else 0,
             progress=lambda more: bar.advance(task, more),
         )
+
+
+def _draw_sheets(column: _Column, captioned: CaptionSet, folder: Path, console: Console) -> None:
+    """What was found for some captions: those whose image came last, and a few others."""
+    found = None if column.retrieval is None else column.retrieval.found
+    if found is None:
+        raise ConfigError("--sheets draws what a CLIP found: a CAFT's scores keep no images")
+    from .sheets import draw_sheet
+
+    worst = sorted(range(len(found.ranks)), key=lambda text: -found.ranks[text])
+    every = range(0, len(found.ranks), max(len(found.ranks) // _SHEETS, 1))
+    chosen = list(dict.fromkeys([*worst[:_SHEETS], *every]))[: 2 * _SHEETS]
+    for text in chosen:
+        hits = [
+            Hit(captioned.images[place].image, score)
+            for place, score in zip(found.images[text], found.scores[text], strict=True)
+        ]
+        right = [place == found.owners[text] for place in found.images[text]]
+        path = folder / f"rank-{found.ranks[text]:05d}-caption-{text:05d}.png"
+        draw_sheet(f"{found.captions[text]} (rank {found.ranks[text]})", hits, path, right)
+    console.print(f"{len(chosen)} sheets in {escape(str(folder))}", soft_wrap=True)
 
 
 def _with_boxes(column: _Column, records: list[GlitRecord]) -> None:

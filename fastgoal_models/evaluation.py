@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,19 @@ from .sets import CaptionedImage, CaptionSet
 CLIP_SCORES = ("global", "maxsim")
 
 
+class Found(NamedTuple):
+    """The best images of each caption, by place in the set."""
+
+    captions: list[str]
+    owners: list[int]
+    """the image that each caption belongs to"""
+    ranks: list[int]
+    """of that image, from 1"""
+    images: list[list[int]]
+    """best first"""
+    scores: list[list[float]]
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """Retrieval on one set by one score."""
@@ -46,6 +59,8 @@ class Evaluated:
     """captions (of a CAFT: parts of captions) that ran past the context and lost their end"""
     unread: dict[str, str]
     """images that could not be read, by id, and why; their captions count nowhere"""
+    found: Found | None = field(default=None, compare=False, repr=False)
+    """what each caption found, where that was asked for"""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; recalls and their 95 % intervals as shares."""
@@ -86,6 +101,7 @@ def evaluate_set(
     resize: str = "crop",
     published: bool = False,
     batch_size: int = 64,
+    show: int = 0,
     progress: Progress | None = None,
 ) -> Evaluated:
     """Recall@K both ways, with any number of captions an image and without a full score matrix.
@@ -99,6 +115,7 @@ def evaluate_set(
         resize: "crop", as published figures are made, or "squash".
         published: cut captions for a CAFT as the published code does.
         batch_size: images, and captions, encoded at once.
+        show: of a CLIP also keep this many best images of every caption, in `found`.
         progress: is called with how many more images or captions are done.
 
     Raises:
@@ -111,7 +128,7 @@ def evaluate_set(
         raise ConfigError(f"{captioned.name} has no images: there is nothing to evaluate")
     ks = captioned.ks if ks is None else tuple(ks)
     paths = [item.image for item in captioned.images]
-    was_training = model.training
+    was_training, shown = model.training, None
     model.eval()
     try:
         if isinstance(model, Caft):
@@ -120,11 +137,13 @@ def evaluate_set(
             )
         else:
             options = {"resize": resize, "batch_size": batch_size, "progress": progress}
-            ranks, truncated, found = _clip(model, captioned, paths, score, ks, options)
+            ranks, truncated, found, shown = _clip(
+                model, captioned, paths, score, ks, show, options
+            )
     finally:
         model.train(was_training)
     unread = {captioned.images[place].id: why for place, why in found.lost.items()}
-    return Evaluated(score, ranks.recall(ks), ranks.intervals(ks), truncated, unread)
+    return Evaluated(score, ranks.recall(ks), ranks.intervals(ks), truncated, unread, shown)
 
 
 def _clip(
@@ -133,8 +152,9 @@ def _clip(
     paths: list[Path],
     score: str,
     ks: tuple[int, ...],
+    show: int,
     options: dict[str, Any],
-) -> tuple[Ranks, int, Pictures]:
+) -> tuple[Ranks, int, Pictures, Found | None]:
     tokens = score == "maxsim"
     images, found = encode_pictures(model, paths, tokens=tokens, **options)
     captions, owner = _captions(captioned, found)
@@ -142,13 +162,40 @@ def _clip(
         model, captions, batch_size=options["batch_size"], progress=options["progress"]
     )
     if not tokens:
-        return feature_ranks(images, texts, text_image=owner), truncated, found
+        ranks = feature_ranks(images, texts, text_image=owner)
+        shown = _shown(ranks, _best_images(images, texts, show), captions, found)
+        return ranks, truncated, found, shown
     words, offsets = word_tokens(model, captions, options["batch_size"])
     best = maxsim_topk(
-        images, words, candidates_needed(ks, owner), text_offsets=offsets,
+        images, words, max(candidates_needed(ks, owner), show), text_offsets=offsets,
         device=next(model.parameters()).device,
     )  # fmt: skip
-    return ranks_of_best(best, owner), truncated, found
+    ranks = ranks_of_best(best, owner)
+    shown = _shown(ranks, tuple(x[:, :show] for x in best[1]), captions, found)
+    return ranks, truncated, found, shown
+
+
+def _best_images(images: Tensor, texts: Tensor, count: int) -> tuple[Tensor, ...]:
+    """(scores, places) of the `count` best images of each text."""
+    count = min(count, len(images))
+    blocks = [(block @ images.T).topk(count, dim=1) for block in texts.split(1024)]
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+
+
+def _shown(
+    ranks: Ranks, best: tuple[Tensor, ...], captions: list[str], found: Pictures
+) -> Found | None:
+    scores, images = best
+    if scores.shape[1] == 0:
+        return None
+    kept = torch.tensor(found.kept)
+    return Found(
+        captions,
+        kept[ranks.text_image.cpu()].tolist(),
+        ranks.texts.tolist(),
+        kept[images.cpu()].tolist(),
+        scores.tolist(),
+    )
 
 
 def _caft(

@@ -70,6 +70,22 @@ def test_several_captions_an_image_and_pictures_that_are_gone(records, tmp_path)
     assert list(found.unread) == ["lost"] and "missing" in found.unread["lost"]
 
 
+@pytest.mark.parametrize("score", ["global", "maxsim"])
+def test_what_each_caption_found(records, score, tmp_path):
+    model = small_clip()
+    lost = CaptionedImage("lost", tmp_path / "lost.png", ("Nothing.",))
+    items = [lost, *caption_set(records, "x").images]
+    found = evaluate_set(model, CaptionSet("x", items), score=score, ks=(1,), show=2).found
+    assert found is not None and found.captions == [record.caption for record in records]
+    assert found.owners == [1, 2, 3]
+    for owner, rank, images, scores in zip(
+        found.owners, found.ranks, found.images, found.scores, strict=True
+    ):
+        assert scores == sorted(scores, reverse=True) and 0 not in images
+        assert (images[0] == owner) == (rank == 1)
+    assert evaluate_set(model, CaptionSet("x", items), score=score).found is None
+
+
 def test_maxsim_recall_is_that_of_the_words_and_patches(records):
     model = small_clip()
     found = evaluate_set(model, caption_set(records, "x"), score="maxsim", ks=(1, 2))
@@ -160,6 +176,7 @@ def test_the_command(records, tmp_path):
         "eval", "--model", tmp_path / "model.json", "--before", tmp_path / "model.json",
         "--data", tmp_path / "data.jsonl", "--classes", tmp_path / "classes",
         "--trained-on", tmp_path / "data.jsonl", "--device", "cpu", "--json", tmp_path / "e.json",
+        "--sheets", tmp_path / "sheets",
     ]  # fmt: skip
     done = CliRunner().invoke(app, [str(word) for word in command])
     assert done.exit_code == 0, done.output
@@ -169,6 +186,7 @@ def test_the_command(records, tmp_path):
     assert before["retrieval"] == after["retrieval"]
     assert after["classes"]["pictures"] == 2 and after["pointing"]["sentences"] == 3
     assert after["joint"]["records"] == 3
+    assert len(list((tmp_path / "sheets").glob("rank-*.png"))) == 3
     recall = after["retrieval"]["text_to_image"]["1"]
     assert recall["interval"][0] <= recall["recall"] <= recall["interval"][1]
     nothing = CliRunner().invoke(app, ["eval", "--model", str(tmp_path / "model.json")])
