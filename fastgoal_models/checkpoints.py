@@ -57,6 +57,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     *,
     keep: int | None = None,
+    spare: Path | None = None,
 ) -> Path:
     """Write `folder/step-<step>` in one piece and return its path.
 
@@ -68,6 +69,7 @@ def save_checkpoint(
             loading allows.
         config: what the run was started with; must survive a trip through JSON.
         keep: delete all but the newest `keep` checkpoints afterwards; None keeps all.
+        spare: one that is not deleted, however old.
 
     Raises:
         OSError: the disk is full or the folder can not be written; nothing is left behind.
@@ -75,7 +77,7 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
-    final = folder / f"step-{step:08d}"
+    final = checkpoint_path(folder, step)
     temporary = folder / f"{_TEMPORARY}{final.name}-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
@@ -108,8 +110,14 @@ def save_checkpoint(
     _sweep(folder)
     if keep is not None:
         for old in complete_checkpoints(folder)[: -max(keep, 1)]:
-            _discard(old)
+            if old != spare:
+                _discard(old)
     return final
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of this step is, or would be."""
+    return Path(folder) / f"step-{step:08d}"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

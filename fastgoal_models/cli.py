@@ -267,7 +267,9 @@ def train_fast_goal(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Annotations in the GLIT format, one JSON a line. Needed.", show_default=False
+            help="Annotations in the GLIT format, one JSON a line; or webdataset shards, "
+            "'part-*.tar', with such an object and an image a sample. Needed.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[
@@ -281,11 +283,12 @@ def train_fast_goal(
         typer.Option(help="Options from a file, e.g. a run's config.yaml; those typed here win."),
     ] = None,
     root: RootOption = None,
-    model: Annotated[
-        str, typer.Option(help="open_clip model name, or a JSON config.")
-    ] = "ViT-B-16",
+    model: ModelOption = "ViT-B-16",
     pretrained: PretrainedOption = None,
-    context_length: Annotated[int, typer.Option(min=3, help="Tokens of a caption.")] = 248,
+    context_length: Annotated[
+        int | None,
+        typer.Option(min=3, help="Tokens of a caption. Default: 248, or those of the run."),
+    ] = None,
     preset: Annotated[
         Preset,
         typer.Option(
@@ -299,6 +302,14 @@ def train_fast_goal(
         int | None, typer.Option(min=1, help="Or passes over the data. Default: 10.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Default: the preset's.")] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Encode this many records at a time, for batches that do not fit in memory. The "
+            "loss still sees the whole batch. Default: all of it at once.",
+        ),
+    ] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Default: the preset's.")] = None,
     unlocked_image_blocks: Annotated[
         int | None,
@@ -338,6 +349,26 @@ def train_fast_goal(
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints. Default: only at the end.")
     ] = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Annotations to measure retrieval on during training, into eval.jsonl. It changes "
+            "nothing else."
+        ),
+    ] = None,
+    eval_root: Annotated[
+        Path | None, typer.Option(help="Folder of their images. Default: that of --eval-data.")
+    ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between evaluations. Default: only at the end."),
+    ] = None,
+    keep_best: Annotated[
+        bool,
+        typer.Option(
+            "--keep-best", help="Also keep the checkpoint with the best mean R@1: see best.json."
+        ),
+    ] = False,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse the data if one record is unusable.")
@@ -589,6 +620,10 @@ def evaluate(
     published: Annotated[
         bool, typer.Option("--published", help="CAFT: cut captions as the published code does.")
     ] = False,
+    sheets: Annotated[
+        Path | None,
+        typer.Option(help="Folder for pictures of what captions found, right and wrong marked."),
+    ] = None,
     context_length: ContextOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
     device: DeviceOption = None,
@@ -599,7 +634,7 @@ def evaluate(
     With local pairs in --data also mAP on pictures and regions, and whether sentences look into
     their boxes.
     """
-    with _user_errors():
+    with _user_errors(extra="demo"):  # --sheets draws
         from .eval_command import EvalOptions, run_eval
 
         run_eval(
@@ -619,6 +654,7 @@ def evaluate(
                 context_length=context_length,
                 batch_size=batch_size,
                 device=device,
+                sheets=sheets,
                 json_path=json_path,
                 command=_command(),
             ),

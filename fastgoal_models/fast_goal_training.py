@@ -74,8 +74,16 @@ class FastGoalTrainConfig(TrainConfig):
 
     def losses(self, model: FastGoalModel, batch: FastGoalBatch) -> dict[str, Tensor]:
         """The four weighted parts of `FastGoalLoss`."""
+        return self.losses_of(self.encode(model, batch))
+
+    def encode(self, model: FastGoalModel, batch: FastGoalBatch) -> dict[str, Tensor]:
+        """The features that `FastGoalLoss` compares."""
+        return model(batch)
+
+    def losses_of(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`losses` from the features of a whole batch."""
         loss = FastGoalLoss(self.global_weight, self.local_weight, self.tsl_weight)
-        return loss(**model(batch), output_dict=True)
+        return loss(**encoded, output_dict=True)
 
     def log_scale(self, model: FastGoalModel) -> Tensor:
         """The model's one log-scale."""

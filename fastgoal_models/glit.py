@@ -18,7 +18,7 @@ import os
 import random
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -425,6 +425,7 @@ class FastGoalDataset(Dataset[FastGoalBatch]):
             whole sentences that fits, as long as possible, with the pairs of those sentences; runs
             without a pair are left out. Items of one record have the same picture: a loss takes
             them for negatives of each other where they meet in a batch.
+        load: a record's picture, upright and RGB, where it is not in the file `record.image`.
 
     Attributes, besides the arguments: `records` and `pairs`, the record and the best pair of each
     item; `truncated`, the items that lose the end of their text, of which a warning tells; `long`,
@@ -448,6 +449,7 @@ class FastGoalDataset(Dataset[FastGoalBatch]):
         top_k: int = 3,
         seed: int = 0,
         long_captions: str = "cut",
+        load: Callable[[Any], Image.Image] | None = None,
     ) -> None:
         if sampling not in PAIR_SAMPLINGS:
             raise ConfigError(f"--pairs must be one of {PAIR_SAMPLINGS}; got {sampling!r}")
@@ -471,6 +473,7 @@ class FastGoalDataset(Dataset[FastGoalBatch]):
         self.context_length = context_length
         self.mean, self.std = mean, std
         self.sampling, self.seed = sampling, seed
+        self._load = load
         room = context_length - 2
         kept = 1 if sampling == "best" else top_k
         tokens: list[int] = []
@@ -534,7 +537,7 @@ class FastGoalDataset(Dataset[FastGoalBatch]):
         record, (pair, start, end) = self.records[index], choice
         words = self._tokens[self._starts[index] : self._starts[index + 1]].tolist()
         room = self.context_length - 2
-        image = load_image(record.image)
+        image = load_image(record.image) if self._load is None else self._load(record)
         local = crop_region(image, pair.box)
         return FastGoalBatch(
             images=image_tensor(image, self.image_size, self.mean, self.std),

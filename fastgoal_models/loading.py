@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from .caft.config import CaftConfig
 from .caft.model import Caft
@@ -41,11 +43,14 @@ class LoadedFastGoal(NamedTuple):
 def architecture(model: str, pretrained: str | None) -> dict[str, Any]:
     """The configuration, in open_clip's JSON layout, of the model that these two words name.
 
-    Raises ConfigError for a name that open_clip does not know, or a file that is not JSON.
+    Raises ConfigError for a name that open_clip does not know, or a file that is not there or not
+    JSON.
     """
     if model.endswith(".json"):
         try:
             return json.loads(Path(model).read_text("utf-8"))
+        except OSError as error:
+            raise ConfigError(f"can not read {model}: {error}") from error
         except ValueError as error:
             raise ConfigError(f"{model} is not JSON: {error}") from error
     config = open_clip.get_model_config(model)
@@ -88,7 +93,8 @@ def load_model(
         seed: of random weights.
 
     Raises:
-        ConfigError: nothing of that name, or weights that do not fit it.
+        ConfigError: nothing of that name, or weights that do not fit it; weights of a training run
+            whose model was another, though they would fit.
         CheckpointError: a checkpoint that is damaged.
     """
     if Path(model).is_dir():
@@ -101,12 +107,52 @@ def load_model(
         if pretrained is None:
             return Loaded(Caft.create(config, superpixels="slic"), name, True, {})
         return Loaded(Caft.from_checkpoint(pretrained, config), name, False, {})
+    if pretrained is not None:
+        _refuse_another_architecture(model, Path(pretrained))
     if context_length is None and pretrained is not None and Path(pretrained).is_file():
         context_length = text_positions_in(Path(pretrained))
     if context_length is None:
         context_length = architecture(model, pretrained)["text_cfg"].get("context_length", 77)
     clip = create_model(model, pretrained, seed, context_length)
     return Loaded(clip, name, pretrained is None, {})
+
+
+def _refuse_another_architecture(model: str, weights: Path) -> None:
+    """Raises ConfigError where the run that wrote `weights` notes another model beside them.
+
+    Not every difference shows in the weights' shapes: QuickGELU has none, nor have heads.
+    """
+    try:
+        manifest = json.loads((weights.parent / "checkpoint.json").read_text("utf-8"))
+        noted = manifest["config"]["architecture"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # not of a run, or of one that noted nothing
+    if not weights.is_file() or not isinstance(noted, dict):
+        return
+    there, here = _settings(noted), _settings(architecture(model, str(weights)))
+    differing = [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} in {model}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"--pretrained {weights} is of a run with another model: {', '.join(differing)}. "
+            f"Fix: --model {weights.parent} without --pretrained"
+        )
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration in open_clip's JSON layout, flat and with its defaults.
+
+    Without the text positions, of which the weights themselves have the number.
+    """
+    flat: dict[str, Any] = {"quick_gelu": False, "custom_text": False} | config
+    for part, defaults in (("vision_cfg", CLIPVisionCfg()), ("text_cfg", CLIPTextCfg())):
+        settings = asdict(defaults) | flat.pop(part, {})
+        flat |= {f"{part}.{name}": value for name, value in settings.items()}
+    del flat["text_cfg.context_length"]
+    return json.loads(json.dumps(flat))  # tuples as a file has them
 
 
 def _is_caft(model: str) -> bool:

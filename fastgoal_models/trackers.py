@@ -1,6 +1,7 @@
-"""Who is told of each step: the screen always, TensorBoard and Weights & Biases if asked.
+"""Who is told of each step and each evaluation: the screen always, trackers if asked.
 
-`log.jsonl` is the record of a run; these only show it. Their packages are imported when asked for.
+TensorBoard and Weights & Biases are imported when they are asked for. `log.jsonl` and `eval.jsonl`
+are the record of a run; these only show it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from rich.console import Console
 
 from .errors import UserError
 from .progress import StepPrinter
-from .training import StepRecord
+from .training import EvalRecord, StepRecord
 
-Tracker = AbstractContextManager[Callable[[StepRecord], None]]
-"""a `with` that gives an `on_step`"""
+Tell = Callable[[StepRecord | EvalRecord], None]
+"""an `on_step` and `on_eval`"""
+Tracker = AbstractContextManager[Tell]
+"""a `with` that gives one"""
 
 
 class TensorBoard:
@@ -50,7 +53,7 @@ class TensorBoard:
         if self.writer is not None:
             self.writer.close()
 
-    def __call__(self, record: StepRecord) -> None:
+    def __call__(self, record: StepRecord | EvalRecord) -> None:
         if self.writer is None:  # only now is it known where the run goes on
             folder = str(self.out / "tensorboard")
             self.writer = self.make_writer(folder, purge_step=record.step)
@@ -108,12 +111,14 @@ class WeightsAndBiases:
     ) -> None:
         self.run.finish(exit_code=0 if kind is None else 1)
 
-    def __call__(self, record: StepRecord) -> None:
+    def __call__(self, record: StepRecord | EvalRecord) -> None:
         self.run.log(scalars(record), step=record.step)
 
 
-def scalars(record: StepRecord) -> dict[str, float]:
-    """A step's numbers by name, what was not measured left out."""
+def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
+    """A record's numbers by name, what was not measured left out."""
+    if isinstance(record, EvalRecord):
+        return {f"eval/{name}": value for name, value in record.values.items()}
     row = record._asdict()
     losses = row.pop("losses")
     del row["step"], row["total_steps"]
@@ -131,13 +136,27 @@ def trackers(
 
 
 @contextmanager
-def watched(console: Console, others: Sequence[Tracker]) -> Iterator[Callable[[StepRecord], None]]:
-    """An `on_step` for `train` that tells the screen, and then `others`."""
+def watched(console: Console, others: Sequence[Tracker]) -> Iterator[Tell]:
+    """An `on_step` and `on_eval` for `train` that tells the screen, and then `others`."""
     with ExitStack() as stack:
-        everyone = [stack.enter_context(who) for who in (StepPrinter(console), *others)]
+        printer = stack.enter_context(StepPrinter(console))
+        everyone = [stack.enter_context(who) for who in others]
 
-        def tell(record: StepRecord) -> None:
+        def tell(record: StepRecord | EvalRecord) -> None:
+            if isinstance(record, EvalRecord):
+                _print_evaluation(console, record)
+            else:
+                printer(record)
             for who in everyone:
                 who(record)
 
         yield tell
+
+
+def _print_evaluation(console: Console, record: EvalRecord) -> None:
+    values = "  ".join(f"{name} {value:.4g}" for name, value in record.values.items())
+    console.print(
+        f"evaluation at step {record.step}/{record.total_steps}  {values}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import types
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from rich.console import Console
 from rich.markup import escape
@@ -21,11 +23,13 @@ from .fast_goal import FastGoalModel
 from .fast_goal_training import RECIPES, FastGoalTrainConfig
 from .flism import match_pairs
 from .frozen import lock_towers
-from .glit import FastGoalDataset, GlitRecord, read_glit
-from .loading import architecture
+from .glit import FastGoalDataset, GlitRecord, SkipReport, read_glit
+from .glit_shards import ShardRecord, load_from_shard, read_glit_shards
+from .loading import LoadedFastGoal, architecture, load_fast_goal
 from .lora import LoraAdapters, check_lora
-from .options import create_model, records_digest
+from .options import records_digest
 from .trackers import trackers, watched
+from .train_evaluation import retrieval_evaluation
 from .training import TrainingError, TrainResult, train, uses_bf16
 
 CONFIG_FILE = "config.yaml"
@@ -34,6 +38,8 @@ _HEADER = """\
 # All options of this run. The same again: fastgoal train fast-goal --config THIS_FILE --out FOLDER
 # Options on the command line win over these. Paths start at the folder the command is given in.
 """
+
+_CONTEXT_LENGTH = 248  # of a model that is not a run's
 
 # As they are typed, and as they are called here.
 _ALIASES = {"lr": "learning_rate"}
@@ -45,9 +51,9 @@ class TrainOptions:
 
     data: Path
     root: Path | None = None
-    model: str = "ViT-B-16"
+    model: str = "ViT-B-16"  # or the folder of a run, to start from what it left
     pretrained: str | None = None
-    context_length: int = 248
+    context_length: int | None = None  # None: that of the run in `model`, else 248
     preset: str = "default"
     unlocked_image_blocks: int | None = None  # None: the whole tower trains
     unlocked_text_blocks: int | None = None
@@ -55,6 +61,8 @@ class TrainOptions:
     pairs: str = "best"
     top_k: int = 3
     long_captions: str = "cut"
+    eval_data: Path | None = None
+    eval_root: Path | None = None
     strict: bool = False
     device: str | None = None
     tensorboard: bool = False
@@ -68,7 +76,8 @@ def resolve_options(
 
     What is given wins over the configuration file, which wins over its own preset; a preset that is
     given wins over the file. Fields are those of TrainOptions and FastGoalTrainConfig. `steps` and
-    `epochs` stand for each other: the one that wins leaves the other out.
+    `epochs` stand for each other: the one that wins leaves the other out. A `model` that is a run's
+    folder leaves out what was said of another model's weights and text positions.
 
     Args:
         given: by name; values of the fields' own types. `lr` means `learning_rate`.
@@ -88,6 +97,8 @@ def resolve_options(
     for layer in layers:
         if any(layer.get(name) is not None for name in ("steps", "epochs")):
             values |= {"steps": None, "epochs": None}
+        if "model" in layer and Path(layer["model"]).is_dir():
+            values |= {"pretrained": None, "context_length": None}
         values |= layer
     missing = [f"--{name}" for name in ("data", "out") if values.get(name) is None]
     if missing:
@@ -121,6 +132,7 @@ def run_training(
     # First: a mistyped option should not wait for the data.
     device = parse_device(options.device)
     _check_what_trains(options)
+    _check_evaluation(options, config)
     others = trackers(
         config.out,
         asdict(options) | asdict(config),
@@ -128,30 +140,29 @@ def run_training(
         wandb=options.wandb,
         resume=resume,
     )
-    records, skipped = read_glit(options.data, root=options.root, strict=options.strict)
+    records, skipped = _read(options)
     console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
     if not records:
         raise TrainingError(f"{options.data} has no usable record")
-    model = create_model(options.model, options.pretrained, config.seed, options.context_length).to(
-        device
-    )
-    records = _match_where_missing(model, records, options.pretrained is not None, console)
+    evaluation = None
+    if options.eval_data is not None:
+        evaluation = retrieval_evaluation(
+            options.eval_data, options.eval_root, console, strict=options.strict
+        )
+    loaded = _load(options, config.seed)
+    model = loaded.model.to(device)
+    options = replace(options, context_length=model.context_length)
+    identity = _identity(loaded, options)
+    records = _match_where_missing(model, records, not loaded.random, console)
     dataset = _dataset(model, records, options, config, console)
     console.print(
-        f"{len(records)} records, {options.model} with "
-        f"{escape(options.pretrained or 'random weights')}, {device}, "
+        f"{len(records)} records, {escape(loaded.name)}"
+        f"{' with random weights' if loaded.random else ''}, {device}, "
         f"{'bf16' if uses_bf16(config, device) else 'float32'}"
     )
     adapters = _choose_what_trains(model, options, config, console)
-    identity = {
-        "model": options.model,
-        "pretrained": options.pretrained,
-        "architecture": architecture(options.model, options.pretrained),
-        "context_length": options.context_length,
-        "data": records_digest(records),
-        **_unusual(options),
-    }
-    with watched(console, others) as on_step:
+    identity |= {"data": records_digest(records), **_unusual(options)}
+    with watched(console, others) as tell:
         result = train(
             model,
             dataset,
@@ -160,11 +171,64 @@ def run_training(
             resume=resume,
             identity=identity,
             adapters=adapters,
+            evaluation=evaluation,
             on_start=lambda: save_options(options, config),
-            on_step=on_step,
+            on_step=tell,
+            on_eval=tell,
         )
     console.print(f"{result.step} of {result.total_steps} steps done: {result.checkpoint}")
     return result
+
+
+def _read(options: TrainOptions) -> tuple[list[GlitRecord], SkipReport]:
+    if options.data.suffix != ".tar":
+        return read_glit(options.data, root=options.root, strict=options.strict)
+    if options.root is not None:
+        raise ConfigError(
+            "--root is the folder of a JSONL file's images; shards hold theirs. Fix: leave it out"
+        )
+    samples, skipped = read_glit_shards(options.data, options.strict)
+    return list[GlitRecord](samples), skipped
+
+
+def _load(options: TrainOptions, seed: int) -> LoadedFastGoal:
+    """The model to start from. Raises what `load_fast_goal` does, and for a context not its own."""
+    asked = options.context_length
+    loaded = load_fast_goal(
+        options.model, options.pretrained, context_length=asked or _CONTEXT_LENGTH, seed=seed
+    )
+    own = loaded.model.context_length
+    if asked not in (None, own):
+        raise ConfigError(
+            f"--context-length {asked}: the run in {options.model} has texts of {own} tokens. "
+            f"Fix: --context-length {own}"
+        )
+    return loaded
+
+
+def _identity(loaded: LoadedFastGoal, options: TrainOptions) -> dict[str, Any]:
+    """What a resumed run must agree on of the model it starts from."""
+    context = {"context_length": loaded.model.context_length}
+    if not loaded.notes:
+        return {
+            "model": options.model,
+            "pretrained": options.pretrained,
+            "architecture": architecture(options.model, options.pretrained),
+            **context,
+        }
+    # The run may have gone on since, or its folder been moved: what counts is what was in it.
+    digest = hashlib.sha256()
+    for name, tensor in sorted(loaded.model.state_dict().items()):
+        digest.update(name.encode())
+        content = tensor.detach().cpu().contiguous()
+        digest.update(content.reshape(-1).view(torch.uint8).numpy())
+    return {
+        "model": loaded.notes.get("model"),
+        "pretrained": None,
+        "architecture": loaded.notes["architecture"],
+        "initial_weights": digest.hexdigest()[:16],
+        **context,
+    }
 
 
 def _match_where_missing(
@@ -174,6 +238,11 @@ def _match_where_missing(
     unmatched = [record for record in records if not record.pairs]
     if not unmatched:
         return records
+    if isinstance(unmatched[0], ShardRecord):
+        raise ConfigError(
+            f"--data: {len(unmatched)} of {len(records)} samples have no local pair, e.g. "
+            f"{unmatched[0].id}. Fix: make the shards from what fastgoal prepare wrote"
+        )
     console.print(f"{len(unmatched)} records have no local pairs: matching regions and sentences")
     if not has_weights:
         console.print("[yellow]The weights are random, so which pairs they match is arbitrary.[/]")
@@ -200,6 +269,7 @@ def _dataset(
             top_k=options.top_k,
             seed=config.seed,
             long_captions=options.long_captions,
+            load=load_from_shard if isinstance(records[0], ShardRecord) else None,
         )
     if dataset.long:
         said = f"{dataset.long} of {len(records)} captions are longer than "
@@ -233,6 +303,19 @@ def _check_what_trains(options: TrainOptions) -> None:
             "--lora keeps both towers' own weights as they are. Fix: leave "
             "--unlocked-image-blocks and --unlocked-text-blocks out"
         )
+
+
+def _check_evaluation(options: TrainOptions, config: FastGoalTrainConfig) -> None:
+    if options.eval_data is not None:
+        return
+    asked = {
+        "--eval-root": options.eval_root is not None,
+        "--eval-every": config.eval_every is not None,
+        "--keep-best": config.keep_best,
+    }
+    for name, given in asked.items():
+        if given:
+            raise ConfigError(f"{name} needs something to evaluate on. Fix: --eval-data FILE")
 
 
 def _choose_what_trains(

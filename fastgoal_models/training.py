@@ -27,9 +27,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 
+from fastgoal_kernels import cached_backward
+
 from .checkpoints import (
     Checkpoint,
     CheckpointError,
+    checkpoint_path,
+    complete_checkpoints,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -40,8 +44,9 @@ from .errors import ConfigError, UserError
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
-# These say where and how often to write, or how fast to read: a resumed run may change them.
-_FREE_TO_CHANGE = ("out", "save_every", "keep", "num_workers")
+# These say where and how often to write, how fast to read, and how often to look: a resumed run may
+# change them.
+_FREE_TO_CHANGE = ("out", "save_every", "keep", "num_workers", "eval_every", "keep_best")
 
 # A scaler starts at 2^16 and halves with every overflow: below this it is not the scale's fault.
 _SMALLEST_SCALE = 1e-4
@@ -64,6 +69,7 @@ class TrainConfig(ABC):
     steps: int | None = None
     epochs: int | None = None
     batch_size: int = 32
+    micro_batch: int | None = None  # records encoded at a time; the loss sees the whole batch
     learning_rate: float = 1e-5  # the peak
     weight_decay: float = 0.05
     decay_all: bool = False  # also norms, biases and the logit scale, as published code does
@@ -77,13 +83,23 @@ class TrainConfig(ABC):
     save_every: int | None = None  # steps between checkpoints; None: only at the end
     keep: int | None = 2  # newest checkpoints to keep; None: all
     num_workers: int = 0  # processes that read images
+    eval_every: int | None = None  # steps between evaluations; None: only at the end
+    keep_best: bool = False  # also the checkpoint that the evaluation found best
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "betas", tuple(self.betas))
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("give steps or epochs, one of the two")
-        at_least_one = ("steps", "epochs", "batch_size", "save_every", "keep")
+        at_least_one = (
+            "steps",
+            "epochs",
+            "batch_size",
+            "micro_batch",
+            "save_every",
+            "keep",
+            "eval_every",
+        )
         not_negative = ("learning_rate", "weight_decay", "num_workers", "seed")
         for names, is_good, wanted in (
             (at_least_one, lambda value: value >= 1, "at least 1"),
@@ -102,6 +118,10 @@ class TrainConfig(ABC):
             )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {PRECISIONS}; got {self.precision!r}")
+        if self.micro_batch is not None and type(self).encode is TrainConfig.encode:
+            raise ConfigError(
+                f"micro_batch: {type(self).__name__} can not cut a batch. Fix: leave it out"
+            )
 
     @abstractmethod
     def collate(self, items: Sequence[Any]) -> Any:
@@ -110,6 +130,16 @@ class TrainConfig(ABC):
     @abstractmethod
     def losses(self, model: Any, batch: Any) -> dict[str, Tensor]:
         """The weighted parts of the loss, by name; their sum is what is minimised."""
+
+    # These two together are `losses`, for a method that can cut a batch (`cached_backward`).
+
+    def encode(self, model: Any, batch: Any) -> Any:
+        """What the loss reads of each record: tensors with the records as first dimension."""
+        raise NotImplementedError
+
+    def losses_of(self, encoded: Any) -> dict[str, Tensor]:
+        """`losses` from what `encode` made of a whole batch."""
+        raise NotImplementedError
 
     @abstractmethod
     def log_scale(self, model: Any) -> Tensor:
@@ -133,6 +163,27 @@ class StepRecord(NamedTuple):
     images_per_second: float = 0.0
     peak_bytes: int | None = None  # of the CUDA device's memory since the run began
     skipped_steps: int = 0  # so far, for gradients that overflowed fp16: no weight moved in those
+
+
+class EvalRecord(NamedTuple):
+    """One evaluation, as `on_eval` gets it and as `eval.jsonl` keeps it."""
+
+    step: int  # steps done
+    total_steps: int
+    of: str  # what it was measured on: records of other sets are not compared
+    score: float  # decides which is best
+    values: dict[str, float]  # all that was measured, by name
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model is judged during training."""
+
+    of: str
+    """what it is measured on, e.g. a digest of the data"""
+    measure: Callable[[Any], tuple[float, dict[str, float]]]
+    """from the model the score, of which more is better, and all values by name"""
 
 
 class TrainResult(NamedTuple):
@@ -177,10 +228,15 @@ def train(
     resume: bool | Path = False,
     identity: Mapping[str, Any] | None = None,
     adapters: Adapters | None = None,
+    evaluation: Evaluation | None = None,
     on_start: Callable[[], object] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    on_eval: Callable[[EvalRecord], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place; write `log.jsonl` and `checkpoints/` below `config.out`.
+
+    With an evaluation also `eval.jsonl`, and with `config.keep_best` `best.json`, which names the
+    checkpoint of the best score. The weights are the same to the bit as without.
 
     Ctrl-C lets the current step finish, saves, and returns with `interrupted=True` (a second one
     stops at once, without saving).
@@ -195,11 +251,14 @@ def train(
             data; plain JSON values.
         adapters: those of `model`. A checkpoint then holds the merged weights, and its state the
             adapters; a resumed run needs a model that was built from the same weights.
+        evaluation: made every `config.eval_every` steps and at the end, outside of autocast.
         on_start: called once, when nothing speaks against the run any more, before its first step.
         on_step: called after each step.
+        on_eval: called after each evaluation.
 
     Raises:
-        ConfigError: a moving average is asked for with adapters.
+        ConfigError: a moving average is asked for with adapters; `eval_every` or `keep_best`
+            without an evaluation.
         TrainingError: too few records, checkpoints in the way, a loss or gradient that is not
             finite (the weights since the last checkpoint are then lost on purpose). In fp16 a step
             whose gradient overflowed is left out and counted, and the run goes on.
@@ -209,6 +268,11 @@ def train(
     if adapters is not None and config.ema is not None:
         # It pairs parameters by their order, which peft's adapters change in a forward pass.
         raise ConfigError("ema does not go with adapters. Fix: leave ema or --lora out")
+    for name in ("eval_every", "keep_best"):
+        if evaluation is None and getattr(config, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} needs something to evaluate on. Fix: --eval-data FILE"
+            )
     device = default_device() if device is None else torch.device(device)
     total = _total_steps(config, len(dataset))
     folder, log_path = config.out / "checkpoints", config.out / "log.jsonl"
@@ -235,7 +299,8 @@ def train(
         skipped = checkpoint.state.get("skipped_steps", 0)  # older runs did not count
     elif latest_checkpoint(folder) is not None:
         raise TrainingError(f"{folder} already holds checkpoints: resume, or choose another folder")
-    _keep_log_until(log_path, done)
+    _forget_after(config.out, done)
+    judge = None if evaluation is None else _Judge(evaluation, config)
     if on_start is not None:
         on_start()
 
@@ -249,11 +314,10 @@ def train(
             rate = learning_rate(step, total, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with autocast:
-                parts = config.losses(model, batch.to(device))
-                loss = torch.stack(list(parts.values())).sum()
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            with autocast:
+                parts = _backward(model, batch, config, scaler, device)
+                loss = torch.stack(list(parts.values())).sum()
             scaler.unscale_(optimizer)
             norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             if config.clip_norm is not None:
@@ -288,18 +352,125 @@ def train(
             log.flush()
             if on_step is not None:
                 on_step(record)
+            is_best = False
+            if judge is not None and (done == total or _due(done, config.eval_every)):
+                with _undisturbed(device):
+                    is_best = judge.look(model, done, total, on_eval)
+                began = time.perf_counter()
             stop = interrupted.is_set()
-            if stop or done == total or (config.save_every and done % config.save_every == 0):
+            if stop or is_best or done == total or _due(done, config.save_every):
                 os.fsync(log.fileno())
                 state = {name: part.state_dict() for name, part in parts_of_state.items()}
                 state["random"] = _random_states(device)
                 state["skipped_steps"] = skipped
                 weights = model.state_dict() if adapters is None else adapters.merged()
-                saved = save_checkpoint(folder, done, weights, state, run, keep=config.keep)
+                best = None if judge is None else judge.best
+                spare = checkpoint_path(folder, best.step) if best else best_checkpoint(config.out)
+                saved = save_checkpoint(
+                    folder, done, weights, state, run, keep=config.keep, spare=spare
+                )
+                if judge is not None:
+                    judge.note_best()
             if stop:
                 break
     assert saved is not None  # at least one step was made, or the checkpoint had them all
     return TrainResult(done, total, done < total, saved)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Leave the random numbers as if nothing had been drawn here."""
+    states = _random_states(device)
+    try:
+        yield
+    finally:
+        _set_random_states(states, device)
+
+
+class _Judge:
+    """Evaluations of a run, and which of them was the best.
+
+    `eval.jsonl` has them all; which is best follows from it, also after a kill at any moment.
+    """
+
+    def __init__(self, evaluation: Evaluation, config: TrainConfig) -> None:
+        self.evaluation, self.config = evaluation, config
+        self.folder = config.out / "checkpoints"
+        self.best: EvalRecord | None = None
+        if config.keep_best:
+            saved = set(complete_checkpoints(self.folder))
+            for record in read_evaluations(config.out):
+                if checkpoint_path(self.folder, record.step) in saved:
+                    self._compare(record)
+            self.note_best()
+
+    def look(
+        self,
+        model: nn.Module,
+        step: int,
+        total: int,
+        tell: Callable[[EvalRecord], None] | None,
+    ) -> bool:
+        """Evaluate and write it down; whether its checkpoint is the best, and to be kept."""
+        began = time.perf_counter()
+        score, values = self.evaluation.measure(model)
+        seconds = time.perf_counter() - began
+        record = EvalRecord(step, total, self.evaluation.of, score, values, seconds)
+        with (self.config.out / "eval.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record._asdict()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if tell is not None:
+            tell(record)
+        return self.config.keep_best and self._compare(record)
+
+    def note_best(self) -> None:
+        """Write `best.json`, once the checkpoint that it names is there."""
+        if self.best is None:
+            return
+        told = {"checkpoint": f"checkpoints/{checkpoint_path(self.folder, self.best.step).name}"}
+        told |= {name: getattr(self.best, name) for name in ("step", "score", "of")}
+        write_text_atomically(self.config.out / "best.json", json.dumps(told, indent=1) + "\n")
+
+    def _compare(self, record: EvalRecord) -> bool:
+        is_best = record.of == self.evaluation.of and (
+            self.best is None or record.score > self.best.score
+        )
+        if is_best:
+            self.best = record
+        return is_best
+
+
+def _backward(
+    model: nn.Module,
+    batch: Any,
+    config: TrainConfig,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The parts of the loss; its gradients, scaled, are left at the parameters."""
+    if config.micro_batch is not None:
+        return cast(
+            dict[str, Tensor],
+            cached_backward(
+                # The batch stays where it is: a large one may not fit beside the model.
+                lambda some: config.encode(model, some.to(device)),
+                batch,
+                config.losses_of,
+                chunk_size=config.micro_batch,
+                module=model,
+                scaler=scaler,
+            ),
+        )
+    parts = config.losses(model, batch.to(device))
+    loss = scaler.scale(torch.stack(list(parts.values())).sum())
+    with torch.autocast(device.type, enabled=False):  # a backward takes the forward's own dtypes
+        loss.backward()
+    return parts
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
@@ -390,14 +561,41 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
 
 def read_log(out: Path) -> list[StepRecord]:
     """The steps that `train` logged in `out/log.jsonl`, in order; a half-written line ends it."""
+    return _read_records(Path(out) / "log.jsonl", StepRecord)
+
+
+def read_evaluations(out: Path) -> list[EvalRecord]:
+    """The evaluations in `out/eval.jsonl`, in order; a half-written line ends it."""
+    return _read_records(Path(out) / "eval.jsonl", EvalRecord)
+
+
+def best_checkpoint(out: Path) -> Path | None:
+    """The checkpoint that `out/best.json` names; None where there is none."""
+    step = _best_step(out)
+    path = None if step is None else checkpoint_path(Path(out) / "checkpoints", step)
+    return path if path in complete_checkpoints(Path(out) / "checkpoints") else None
+
+
+def _best_step(out: Path) -> int | None:
+    try:
+        return int(json.loads((Path(out) / "best.json").read_text("utf-8"))["step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _read_records(path: Path, kind: Callable[..., Any]) -> list[Any]:
     records = []
-    path = Path(out) / "log.jsonl"
     for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
         try:
-            records.append(StepRecord(**json.loads(line)))
+            records.append(kind(**json.loads(line)))
         except (ValueError, TypeError):
             break
     return records
+
+
+def _write_records(path: Path, records: Sequence[StepRecord] | Sequence[EvalRecord]) -> None:
+    lines = "".join(json.dumps(record._asdict()) + "\n" for record in records)
+    write_text_atomically(path, lines)
 
 
 def _total_steps(config: TrainConfig, records: int) -> int:
@@ -538,15 +736,21 @@ def _restore(
             part.load_state_dict(checkpoint.state[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
-    states = checkpoint.state["random"]
+    _set_random_states(checkpoint.state["random"], device)
+
+
+def _set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def _keep_log_until(path: Path, step: int) -> None:
-    """Drop what was logged after `step`: those steps are about to be made again."""
-    kept = [record for record in read_log(path.parent) if record.step <= step]
-    lines = "".join(json.dumps(record._asdict()) + "\n" for record in kept)
-    write_text_atomically(path, lines)
+def _forget_after(out: Path, step: int) -> None:
+    """Drop what was written of later steps: those are about to be made again."""
+    _write_records(out / "log.jsonl", [r for r in read_log(out) if r.step <= step])
+    if (out / "eval.jsonl").is_file():
+        _write_records(out / "eval.jsonl", [r for r in read_evaluations(out) if r.step <= step])
+    best = _best_step(out)
+    if best is None or best > step or best_checkpoint(out) is None:
+        (out / "best.json").unlink(missing_ok=True)

@@ -123,6 +123,23 @@ def test_what_does_not_go_with_a_run(folder):
     assert code == 2 and "holds no checkpoint" in said
 
 
+def test_what_a_preset_or_a_file_says_of_another_models_weights_does_not_count(folder):
+    code, said = train(folder, "two", "--preset", "fast-goal-b16", "--model", folder / "one")
+    assert code == 0, said
+    (folder / "other.yaml").write_text("pretrained: openai\ncontext_length: 248\n")
+    code, said = train(
+        folder, "three", "--config", folder / "other.yaml", "--model", folder / "one"
+    )
+    assert code == 0, said
+    assert "context_length: 24" in (folder / "three/config.yaml").read_text()
+    again = fastgoal(
+        "train", "fast-goal", "--config", folder / "three/config.yaml", "--out", folder / "four"
+    )
+    assert again[0] == 0, again[1]
+    three, four = newest(folder / "three"), newest(folder / "four")
+    assert all(torch.equal(three.weights[name], four.weights[name]) for name in three.weights)
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "prepare"])
 def test_a_runs_weights_in_another_model_are_refused(folder, command):
     checkpoint = newest(folder / "one").path
