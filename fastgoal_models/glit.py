@@ -286,6 +286,29 @@ def parse_line(
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
         raise Unusable("line is not an object with an image", name)
     name = f"{name} ({row['image']})"
+    path = inside(folder, row["image"], name)
+
+    def size() -> tuple[int, int]:
+        try:
+            return _open_image(path, decode=verify_images)[1:]
+        except Unusable as skip:
+            raise Unusable(skip.reason, name) from skip
+
+    return GlitRecord(
+        **row_fields(row, name, size, with_pairs),
+        id=str(row.get("id", row["image"])),
+        image=path,
+        extra={key: value for key, value in row.items() if key not in _OWN_KEYS},
+    )
+
+
+def row_fields(
+    row: dict[str, Any], name: str, size: Callable[[], tuple[int, int]], with_pairs: bool = True
+) -> dict[str, Any]:
+    """What a record takes from a row and its picture's width and height, all checked.
+
+    `size` is asked for last, because it may have to decode the picture. Raises Unusable.
+    """
     caption = row.get("caption")
     if not isinstance(caption, str) or not any(
         c.isprintable() and not c.isspace() for c in caption
@@ -298,24 +321,17 @@ def parse_line(
     sentences = row.get("sentences") or split_sentences(caption)
     if not _make_up(sentences, caption):
         raise Unusable("sentences do not make up the caption", name)
-    path = inside(folder, row["image"], name)
-    try:
-        _, width, height = _open_image(path, decode=verify_images)
-    except Unusable as skip:
-        raise Unusable(skip.reason, name) from skip
+    width, height = size()
     pairs = (row.get("pairs") or []) if with_pairs else []
     if pairs and (row.get("width", width), row.get("height", height)) != (width, height):
         raise Unusable("boxes are for a picture of another size", name)
-    return GlitRecord(
-        id=str(row.get("id", row["image"])),
-        image=path,
-        width=width,
-        height=height,
-        caption=caption,
-        sentences=tuple(sentences),
-        pairs=_parse_pairs(pairs, len(sentences), width, height, name),
-        extra={key: value for key, value in row.items() if key not in _OWN_KEYS},
-    )
+    return {
+        "caption": caption,
+        "sentences": tuple(sentences),
+        "width": width,
+        "height": height,
+        "pairs": _parse_pairs(pairs, len(sentences), width, height, name),
+    }
 
 
 def _make_up(sentences: object, caption: str) -> bool:

@@ -19,13 +19,9 @@ from pathlib import Path
 from PIL import Image
 
 from .caft.data import IMAGE_ENDINGS, json_object
-from .caft.shards import Piece
-from .caft.shards import _samples as samples_in
-from .captions import split_sentences
+from .caft.shards import Piece, samples_in
 from .errors import UserError
-from .glit import GlitError, GlitRecord, SkipReport, Unusable, decode_image
-from .glit import _make_up as make_up
-from .glit import _parse_pairs as parse_pairs
+from .glit import GlitError, GlitRecord, SkipReport, Unusable, decode_image, row_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,31 +93,14 @@ def _record(shard: Path, found: tuple[str, dict[str, Piece]]) -> ShardRecord | U
         return Unusable("sample has no caption", name)
     try:
         row = json_object(pieces["json"].read(shard), name)
-        caption = row.get("caption")
-        if not isinstance(caption, str) or not any(c.isprintable() and c.strip() for c in caption):
-            return Unusable("caption is empty", name)
-        try:
-            caption.encode()
-        except UnicodeEncodeError:
-            return Unusable("caption is not valid Unicode", name)
-        sentences = row.get("sentences") or split_sentences(caption)
-        if not make_up(sentences, caption):
-            return Unusable("sentences do not make up the caption", name)
-        width, height = decode_image(pieces[ending].read(shard), name).size
-        pairs = row.get("pairs") or []
-        if pairs and (row.get("width", width), row.get("height", height)) != (width, height):
-            return Unusable("boxes are for a picture of another size", name)
-        local = parse_pairs(pairs, len(sentences), width, height, name)
+        picture = pieces[ending]
+        known = row_fields(row, name, lambda: decode_image(picture.read(shard), name).size)
     except Unusable as unusable:
         return unusable
     return ShardRecord(
+        **known,
         id=str(row.get("id", name)),
         image=shard / f"{key}.{ending}",
-        width=width,
-        height=height,
-        caption=caption,
-        sentences=tuple(sentences),
-        pairs=local,
         shard=shard,
-        place=pieces[ending],
+        place=picture,
     )

@@ -104,7 +104,7 @@ def read_shards(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for number, shard in enumerate(shards):
             check = partial(_checked, shard, splitting)
-            for found in pool.map(check, list(_samples(shard, report))):
+            for found in pool.map(check, list(samples_in(shard, report))):
                 if isinstance(found, Unusable):
                     report.add(found.reason, found.name)
                 else:
@@ -137,7 +137,14 @@ def _checked(
     return sample, name.encode() + b"\0" + hashlib.sha256(text).digest()
 
 
-def _samples(shard: Path, report: SkipReport) -> Iterator[tuple[str, dict[str, Piece]]]:
+def _ends_at(shard: Path, offset: int) -> bool:
+    """Whether the archive's end stands there: tarfile is silent where a header is cut short."""
+    with shard.open("rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
+
+
+def samples_in(shard: Path, report: SkipReport) -> Iterator[tuple[str, dict[str, Piece]]]:
     """Names of samples and the places of their files by ending, as far as the shard is whole."""
     key, pieces = None, {}
     try:
@@ -153,6 +160,8 @@ def _samples(shard: Path, report: SkipReport) -> Iterator[tuple[str, dict[str, P
                         yield key, pieces
                     key, pieces = name, {}
                 pieces[ending.lower()] = Piece(member.offset_data, member.size)
+            if not _ends_at(shard, tar.offset):
+                raise tarfile.ReadError("it stops without an end")
     except tarfile.TarError as error:
         report.add("shard is broken", f"{shard.name} ({error})")
     if key is not None:

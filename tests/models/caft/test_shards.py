@@ -88,6 +88,17 @@ def test_items_are_those_of_a_folder(shards, tmp_path):
                 assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("cut", [0, 100])  # before the second image's header, and within it
+def test_a_shard_cut_between_files_is_broken(tmp_path, cut):
+    whole = tmp_path / "a.tar"
+    write_shard(whole, files_of(0, "red") | files_of(1, "blue"))
+    with tarfile.open(whole) as tar:
+        start = tar.getmember("some/1.png").offset
+    whole.write_bytes(whole.read_bytes()[: start + cut])
+    _, report = read_shards(whole)
+    assert report.counts["shard is broken"] == 1
+
+
 def test_broken_samples_are_counted_and_named(tmp_path):
     good = files_of(0, "red")
     files = good | {
