@@ -151,7 +151,7 @@ def encode_captions(
 
 
 def caft_rows(model: Caft, captions: Sequence[str], published: bool = False) -> tuple[Tensor, int]:
-    """Captions as a CAFT's parts (M, parts, L), and how many parts ran past the context.
+    """Captions as a CAFT's parts (M, parts, L), and of how many a part ran past the context.
 
     `published`: cut and joined as the published code does, which its released scores need.
     """
@@ -165,8 +165,8 @@ def caft_rows(model: Caft, captions: Sequence[str], published: bool = False) -> 
     rows = torch.stack([text_rows(some, model.tokenizer) for some in parts])
     room = rows.shape[-1] - 2
     full = (rows.argmax(dim=-1) == rows.shape[-1] - 1).nonzero().tolist()
-    truncated = sum(len(model.tokenizer.encode(parts[i][j])) > room for i, j in full)
-    return rows, truncated
+    cut = {i for i, j in full if len(model.tokenizer.encode(parts[i][j])) > room}
+    return rows, len(cut)
 
 
 def _first(found: Pictures) -> str:

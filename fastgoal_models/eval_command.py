@@ -15,7 +15,15 @@ from .caft.model import Caft
 from .checkpoints import write_text_atomically
 from .devices import parse_device
 from .errors import ConfigError
-from .evaluation import Evaluated, caption_set, evaluate_set, joint_precision, trained_on
+from .evaluation import (
+    Evaluated,
+    caption_set,
+    evaluate_set,
+    joint_precision,
+    scores_of,
+    trained_on,
+    training_images,
+)
 from .fast_goal import FastGoalModel
 from .glit import GlitRecord, read_glit
 from .loading import Loaded, load_model
@@ -70,32 +78,47 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     if captioned is None and classes is None:
         raise ConfigError("nothing to evaluate on. Fix: --data, --set with --root, or --classes")
     device = parse_device(options.device)
-    asked = [(options.model, options.pretrained)]
-    if options.before is not None:
-        asked.insert(0, (options.before, options.before_pretrained))
-    columns = []
-    for name, pretrained in asked:
-        loaded = load_model(name, pretrained, context_length=options.context_length)
+    seen = _seen(captioned, options)
+    columns = _columns(options, console)  # all of them: what does not fit is said before the work
+    for column in columns:
+        loaded = column.loaded
         loaded.model.to(device).eval()
-        if loaded.random:
-            console.print(f"[yellow]{escape(loaded.name)} has random weights.[/]")
-        column = _Column(loaded)
-        columns.append(column)
         if captioned is not None:
             _retrieval(column, captioned, options, console)
-            _with_boxes(column, records)
+            _with_boxes(column, records, options)
         if classes is not None:
             _classes(column, classes, options, console)
         loaded.model.cpu()
     if options.sheets is not None and captioned is not None:
         _draw_sheets(columns[-1], captioned, options.sheets, console)
-    seen = _seen(captioned, options)
     document = _document(options, captioned, columns, seen)
     _show(document, captioned, columns, console)
     if options.json_path is not None:
         write_text_atomically(options.json_path, json.dumps(document, indent=1) + "\n")
         console.print(f"{escape(str(options.json_path))} written", soft_wrap=True)
     return document
+
+
+def _columns(options: EvalOptions, console: Console) -> list[_Column]:
+    """The models, each checked against what is asked of it."""
+    asked = [(options.model, options.pretrained)]
+    if options.before is not None:
+        asked.insert(0, (options.before, options.before_pretrained))
+    columns = []
+    for name, pretrained in asked:
+        loaded = load_model(name, pretrained, context_length=options.context_length)
+        if options.score is not None and options.score not in scores_of(loaded.model):
+            raise ConfigError(
+                f"--score {options.score}: {loaded.name} has {', '.join(scores_of(loaded.model))}"
+            )
+        if isinstance(loaded.model, Caft) and options.classes is not None:
+            raise ConfigError("--classes is for CLIP models: a CAFT was not made to classify")
+        if loaded.random:
+            console.print(f"[yellow]{escape(loaded.name)} has random weights.[/]")
+        columns.append(_Column(loaded))
+    if options.sheets is not None and isinstance(columns[-1].loaded.model, Caft):
+        raise ConfigError("--sheets draws what a CLIP found: a CAFT's scores keep no images")
+    return columns
 
 
 def _read(options: EvalOptions, console: Console) -> tuple[CaptionSet | None, list[GlitRecord]]:
@@ -137,8 +160,7 @@ def _retrieval(
 def _draw_sheets(column: _Column, captioned: CaptionSet, folder: Path, console: Console) -> None:
     """What was found for some captions: those whose image came last, and a few others."""
     found = None if column.retrieval is None else column.retrieval.found
-    if found is None:
-        raise ConfigError("--sheets draws what a CLIP found: a CAFT's scores keep no images")
+    assert found is not None  # asked for, and of a CLIP
     from .sheets import draw_sheet
 
     worst = sorted(range(len(found.ranks)), key=lambda text: -found.ranks[text])
@@ -155,13 +177,17 @@ def _draw_sheets(column: _Column, captioned: CaptionSet, folder: Path, console: 
     console.print(f"{len(chosen)} sheets in {escape(str(folder))}", soft_wrap=True)
 
 
-def _with_boxes(column: _Column, records: list[GlitRecord]) -> None:
+def _with_boxes(column: _Column, records: list[GlitRecord], options: EvalOptions) -> None:
     """What only pictures with local pairs can tell."""
     model = column.loaded.model
-    if not any(record.pairs for record in records):
+    unread = {} if column.retrieval is None else column.retrieval.unread
+    records = [record for record in records if record.pairs and record.id not in unread]
+    if not records:
         return
     if isinstance(model, FastGoalModel):
-        column.more["joint"] = joint_precision(model, records)._asdict()
+        column.more["joint"] = joint_precision(
+            model, records, batch_size=options.batch_size, resize=options.resize
+        )._asdict()
     column.more["pointing"] = pointing(model, records)._asdict()
 
 
@@ -169,13 +195,13 @@ def _classes(
     column: _Column, classes: dict[str, list[Path]], options: EvalOptions, console: Console
 ) -> None:
     model = column.loaded.model
-    if isinstance(model, Caft):
-        raise ConfigError("--classes is for CLIP models: a CAFT was not made to classify")
+    assert isinstance(model, FastGoalModel)
     with counting(console, "items") as bar:
         task = bar.add_task("classifying", total=sum(map(len, classes.values())))
         column.more["classes"] = classify(
             model,
             classes,
+            resize=options.resize,
             batch_size=options.batch_size,
             progress=lambda more: bar.advance(task, more),
         )._asdict()
@@ -187,8 +213,7 @@ def _seen(captioned: CaptionSet | None, options: EvalOptions) -> list[str]:
         return []
     found: dict[str, None] = {}
     for path in options.trained_on:
-        records, _ = read_glit(path, verify_images=False)
-        found |= dict.fromkeys(trained_on(captioned, (record.image for record in records)))
+        found |= dict.fromkeys(trained_on(captioned, training_images(path)))
     return list(found)
 
 
@@ -200,6 +225,7 @@ def _document(
         "kind": "evaluation",
         "command": options.command,
         "set": None if captioned is None else captioned.name,
+        "resize": options.resize,
         "note": None if captioned is None else captioned.note,
         "skipped": {} if captioned is None else captioned.report.counts,
         "trained_on": seen,
@@ -213,8 +239,8 @@ def _document(
             for column in columns
         ],
         "published": []
-        if captioned is None
-        else [row._asdict() for row in published_rows(captioned.name)],
+        if options.set_name is None  # a file of one's own may be called like a set
+        else [row._asdict() for row in published_rows(options.set_name)],
     }
 
 
@@ -231,7 +257,8 @@ def _show(
     table = Table(title=escape(title))
     table.add_column("%")
     for column in columns:
-        table.add_column(escape(column.loaded.name), justify="right")
+        score = "" if column.retrieval is None else f"\nby {column.retrieval.score} score"
+        table.add_column(escape(f"{column.loaded.name}{score}"), justify="right")
     for label, cells in _rows(columns):
         table.add_row(label, *cells)
     console.print(table)

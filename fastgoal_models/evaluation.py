@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastgoal_kernels import maxsim_topk
 
+from .caft.data import IMAGE_ENDINGS, json_object
 from .caft.model import Caft
 from .caft.scoring import SCORES as CAFT_SCORES
 from .caft.scoring import caft_ranks, encode
@@ -28,7 +30,7 @@ from .encoding import (
 )
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
-from .glit import GlitRecord, crop_region, load_image
+from .glit import GlitRecord, Unusable, crop_region, json_lines, load_image
 from .retrieval import Intervals, Ranks, Retrieval, candidates_needed, feature_ranks, ranks_of_best
 from .sets import CaptionedImage, CaptionSet
 
@@ -56,7 +58,7 @@ class Evaluated:
     retrieval: Retrieval
     intervals: Intervals
     truncated: int
-    """captions (of a CAFT: parts of captions) that ran past the context and lost their end"""
+    """captions that ran past the context and lost their end, or that of a part of theirs"""
     unread: dict[str, str]
     """images that could not be read, by id, and why; their captions count nowhere"""
     found: Found | None = field(default=None, compare=False, repr=False)
@@ -290,7 +292,8 @@ def average_precision_at(scores: Tensor, right: Tensor, at: int) -> Tensor:
     scores, right: (queries, candidates). Ties and NaN count against the model, as of ranks: the
     wrong ones stand first.
     """
-    clean = scores.masked_fill(scores.isnan(), -torch.inf)
+    last = torch.where(right, -torch.inf, torch.inf)  # a NaN is the worst that it can be
+    clean = torch.where(scores.isnan(), last.to(scores.dtype), scores)
     wrong_first = right.to(torch.int8).argsort(dim=1, stable=True)  # then a stable sort by score
     order = clean.gather(1, wrong_first).argsort(dim=1, descending=True, stable=True)
     hits = right.gather(1, wrong_first).gather(1, order)[:, :at].double()
@@ -300,19 +303,23 @@ def average_precision_at(scores: Tensor, right: Tensor, at: int) -> Tensor:
 
 @torch.no_grad()
 def joint_precision(
-    model: FastGoalModel, records: Sequence[GlitRecord], at: int = 10, batch_size: int = 64
+    model: FastGoalModel,
+    records: Sequence[GlitRecord],
+    at: int = 10,
+    batch_size: int = 64,
+    resize: str = "crop",
 ) -> JointPrecision:
     """GOAL's mAP@10: pictures and their regions together against captions and sentences together.
 
     For a caption its picture and the picture's region are right, and so for its sentence; and back.
-    Records without a pair are left out. Pictures and regions are cropped as in `evaluate_set`.
+    Records without a pair are left out. Pictures and regions are resized as in `evaluate_set`.
 
     Raises ConfigError where no record has a pair, GlitError for a picture that can not be read.
     """
     with_pairs = [record for record in records if record.pairs]
     if not with_pairs:
         raise ConfigError("no record has a local pair. Fix: fastgoal prepare")
-    device, transform = next(model.parameters()).device, pixels_for(model.image_size)
+    device, transform = next(model.parameters()).device, pixels_for(model.image_size, resize)
     wholes, regions = [], []
     for start in range(0, len(with_pairs), batch_size):
         images = [(load_image(r.image), r.pairs[0].box) for r in with_pairs[start:][:batch_size]]
@@ -326,17 +333,45 @@ def joint_precision(
     texts += [record.sentences[record.pairs[0].sentence] for record in with_pairs]
     t, _ = encode_captions(model, texts, batch_size=batch_size)
     owner = torch.arange(len(with_pairs)).repeat(2)
-    right = owner[:, None] == owner
-    scores = t @ v.T
-    return JointPrecision(
-        float(average_precision_at(scores, right, at).mean()),
-        float(average_precision_at(scores.T, right, at).mean()),
-        at,
-        len(with_pairs),
-    )
+
+    def precision(queries: Tensor, answers: Tensor) -> float:
+        """By blocks of queries: of all scores at once a hundred thousand records need 160 GB."""
+        blocks = [
+            average_precision_at(queries[some] @ answers.T, owner[some, None] == owner, at)
+            for some in torch.arange(len(queries)).split(256)
+        ]
+        return float(torch.cat(blocks).mean())
+
+    return JointPrecision(precision(t, v), precision(v, t), at, len(with_pairs))
 
 
 # -- was it trained on? ---------------------------------------------------------------------------
+
+
+def training_images(annotations: Path) -> list[Path]:
+    """The images that a file of training data names, whether they are here or not.
+
+    JSON lines with an `image`, relative to the file's folder, or a shard, whose images lie in it.
+    Raises ConfigError where it names none.
+    """
+    if not annotations.is_file():
+        raise ConfigError(f"--trained-on {annotations}: there is no such file")
+    if annotations.suffix == ".tar":
+        with tarfile.open(annotations) as tar:
+            names = [m.name for m in tar if m.name.lower().rpartition(".")[2] in IMAGE_ENDINGS]
+    else:
+        names = []
+        with annotations.open("rb") as file:
+            for number, line in json_lines(file):
+                try:
+                    image = json_object(line, f"line {number}").get("image")
+                except Unusable:
+                    continue
+                if isinstance(image, str):
+                    names.append(image)
+    if not names:
+        raise ConfigError(f"--trained-on {annotations} names no image: nothing was compared")
+    return [annotations.parent / name for name in names]
 
 
 def trained_on(tested: CaptionSet, training: Iterable[Path]) -> list[str]:

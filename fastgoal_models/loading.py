@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from .caft.config import CaftConfig
@@ -43,22 +44,35 @@ class LoadedFastGoal(NamedTuple):
 def architecture(model: str, pretrained: str | None) -> dict[str, Any]:
     """The configuration, in open_clip's JSON layout, of the model that these two words name.
 
-    Raises ConfigError for a name that open_clip does not know, or a file that is not there or not
-    JSON.
+    Raises ConfigError for a name that open_clip does not know, a file that is not there or no
+    model's, and a tag whose weights want pictures that are normalised in another way than CLIP's.
     """
     if model.endswith(".json"):
         try:
-            return json.loads(Path(model).read_text("utf-8"))
+            config = json.loads(Path(model).read_text("utf-8"))
         except OSError as error:
             raise ConfigError(f"can not read {model}: {error}") from error
         except ValueError as error:
             raise ConfigError(f"{model} is not JSON: {error}") from error
+        towers = ("vision_cfg", "text_cfg")
+        if not isinstance(config, dict) or not all(isinstance(config.get(t), dict) for t in towers):
+            raise ConfigError(f"{model} is no model: it needs {' and '.join(towers)}")
+        return config
     config = open_clip.get_model_config(model)
     if config is None:
         raise ConfigError(f"open_clip has no model {model!r}, nor is it a JSON file with one")
     tag = pretrained if pretrained and not Path(pretrained).is_file() else None
-    if tag and open_clip.get_pretrained_cfg(model, tag).get("quick_gelu"):
+    known = open_clip.get_pretrained_cfg(model, tag) if tag else {}
+    if known.get("quick_gelu"):
         config["quick_gelu"] = True  # as the tag's weights want it
+    if any(
+        known.get(name, usual) != usual
+        for name, usual in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD))
+    ):
+        raise ConfigError(
+            f"the weights {tag!r} of {model} want pictures normalised otherwise than CLIP's, which "
+            "is not done here. Fix: other weights"
+        )
     return config
 
 
@@ -111,8 +125,9 @@ def load_model(
         _refuse_another_architecture(model, Path(pretrained))
     if context_length is None and pretrained is not None and Path(pretrained).is_file():
         context_length = text_positions_in(Path(pretrained))
+    known = architecture(model, pretrained)
     if context_length is None:
-        context_length = architecture(model, pretrained)["text_cfg"].get("context_length", 77)
+        context_length = known["text_cfg"].get("context_length", 77)
     clip = create_model(model, pretrained, seed, context_length)
     return Loaded(clip, name, pretrained is None, {})
 

@@ -43,7 +43,7 @@ def run_prepare(options: PrepareOptions, console: Console) -> Prepared:
     """Make the pairs. Raises what a user can mend (see `cli`)."""
     share = None if options.shard is None else Share.parse(options.shard)
     device = parse_device(options.device)
-    loaded = load_fast_goal(options.model, options.pretrained, context_length=_CLIP_CONTEXT)
+    loaded = load_fast_goal(options.model, options.pretrained)
     model = loaded.model.to(device).eval()
     detector = None
     if options.detector is None:

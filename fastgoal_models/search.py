@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Index:
     features: Tensor
     """(num_images, E), L2-normalised, float32"""
     weights: str
-    """digest of the model's weights"""
+    """`identity_of` the model"""
 
     def save(self, path: Path) -> None:
         """Write it in one step, as safetensors; no image is stored."""
@@ -106,7 +107,13 @@ def make_index(
     names = [path.relative_to(folder).as_posix() for path in paths]
     kept = [names[place] for place in found.kept]
     lost = {names[place]: why for place, why in found.lost.items()}
-    return Index(folder.resolve(), kept, features, weights_digest(model)), lost
+    return Index(folder.resolve(), kept, features, identity_of(model)), lost
+
+
+def identity_of(model: FastGoalModel) -> str:
+    """What features depend on: the weights, and what weights do not tell, heads and activation."""
+    shape = repr(model).encode()
+    return f"{weights_digest(model)}-{hashlib.sha256(shape).hexdigest()[:8]}"
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -118,7 +125,13 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def search_index(
-    model: FastGoalModel, index: Index, query: str, k: int, *, score: str = "global"
+    model: FastGoalModel,
+    index: Index,
+    query: str,
+    k: int,
+    *,
+    score: str = "global",
+    batch_size: int = 64,
 ) -> list[Hit]:
     """The `k` best images for a text, best first; of equal scores the first by name.
 
@@ -129,6 +142,7 @@ def search_index(
         k: how many; fewer where there are fewer.
         score: "global": the cosine of whole features; "maxsim": each word's best patch, for every
             image; "reranked": the mean of both, for the hundred best by the first.
+        batch_size: images encoded, and scored word by word, at once.
 
     Raises:
         ConfigError: an unknown score, another model's index, an empty query, an image that has
@@ -138,7 +152,7 @@ def search_index(
         raise ConfigError(f"score must be one of {SCORES}; got {score!r}")
     if not query.strip():
         raise ConfigError("the query has no words")
-    if weights_digest(model) != index.weights:
+    if identity_of(model) != index.weights:
         raise ConfigError(
             "the index was made by a model with other weights. Fix: make it anew with "
             "`fastgoal embed`"
@@ -152,12 +166,16 @@ def search_index(
         among = scores.argsort(descending=True, stable=True)[: max(SHORTLIST, k)]
     words, offsets = word_tokens(model, [query])
     paths = [index.folder / index.names[place] for place in among.tolist()]
-    patches, found = encode_pictures(model, paths, tokens=True)
-    if found.lost:
-        raise ConfigError(f"an image of the index is gone: {next(iter(found.lost.values()))}")
-    fine = maxsim_scores(patches, words, text_offsets=offsets)
-    assert isinstance(fine, Tensor)
-    fine = fine[:, 0]
+    blocks = []
+    for start in range(0, len(paths), batch_size):  # patches are large: never those of all images
+        some = paths[start : start + batch_size]
+        patches, found = encode_pictures(model, some, tokens=True, batch_size=batch_size)
+        if found.lost:
+            raise ConfigError(f"an image of the index is gone: {next(iter(found.lost.values()))}")
+        scored = maxsim_scores(patches, words, text_offsets=offsets)
+        assert isinstance(scored, Tensor)
+        blocks.append(scored[:, 0])
+    fine = torch.cat(blocks)
     return _best(index, fine if score == "maxsim" else (fine + scores[among]) / 2, among, k)
 
 
@@ -192,13 +210,13 @@ def search_with_caft(
                 progress(len(batch))
 
     rows, _ = caft_rows(model, [query])
-    features = encode(model, batches(), [rows])
+    features = encode(model, batches(), [rows], keep_on=model.logit_scale.device)
     scores = hierarchical_scores(
         model.visual_proj, features.fine_tokens, features.part_features,
         features.whole_image_features, features.whole_text_features,
-        model.logit_scale.exp().cpu(), model.logit_bias.cpu(),
-        model.logit_scale_coarse.exp().cpu(), model.logit_bias_coarse.cpu(), alpha=alpha,
-    )[:, 0]  # fmt: skip
+        model.logit_scale.exp(), model.logit_bias,
+        model.logit_scale_coarse.exp(), model.logit_bias_coarse, alpha=alpha,
+    )[:, 0].cpu()  # fmt: skip
     order = scores.argsort(descending=True, stable=True)[:k].tolist()
     hits = [Hit(paths[found.kept[at]], float(scores[at])) for at in order]
     return hits, {str(paths[place]): why for place, why in found.lost.items()}

@@ -53,6 +53,10 @@ def run_search(
     console: Console,
 ) -> list[Hit]:
     """Find, show and draw. `source`: a folder of images, or an index of one."""
+    if sheet is not None:
+        from .sheets import check_ending
+
+        check_ending(sheet)  # before the search, not after it
     loaded: Loaded = load_model(
         options.model, options.pretrained, context_length=options.context_length
     )
@@ -75,18 +79,20 @@ def run_search(
             if source.is_file()
             else _index(model, source, options.batch_size, console)
         )
-        hits = search_index(model, index, query, k, score=score or "reranked")
+        hits = search_index(
+            model, index, query, k, score=score or "reranked", batch_size=options.batch_size
+        )
     for place, hit in enumerate(hits, start=1):
         console.print(f"{place:>3}  {hit.score:.4f}  {escape(str(hit.image))}", soft_wrap=True)
+    if json_path is not None:
+        found = [{"image": str(hit.image), "score": hit.score} for hit in hits]
+        document = {"query": query, "model": loaded.name, "images": found}
+        write_text_atomically(json_path, json.dumps(document, indent=1) + "\n")
     if sheet is not None:
         from .sheets import draw_sheet
 
         draw_sheet(query, hits, sheet)
         console.print(f"{escape(str(sheet))} written", soft_wrap=True)
-    if json_path is not None:
-        found = [{"image": str(hit.image), "score": hit.score} for hit in hits]
-        document = {"query": query, "model": loaded.name, "images": found}
-        write_text_atomically(json_path, json.dumps(document, indent=1) + "\n")
     return hits
 
 

@@ -9,11 +9,20 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .errors import ConfigError
 from .glit import load_image
 from .search import Hit
 
 _COLUMNS, _SIDE = 4, 2.6  # inches
+_LINES = 4
 _RIGHT, _WRONG, _UNKNOWN = "#2a7f3f", "#b3261e", "#bbbbbb"
+
+
+def check_ending(path: Path) -> None:
+    """Raises ConfigError for a file whose ending names no picture."""
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise ConfigError(f"{path} should end in one of {', '.join(sorted(known))}")
 
 
 def draw_sheet(
@@ -26,15 +35,19 @@ def draw_sheet(
         hits: of a search.
         path: where to write.
         right: whether each hit is a right answer; frames are green and red then.
+
+    Raises ConfigError for an ending that names no picture.
     """
+    check_ending(path)
     rows = -(-len(hits) // _COLUMNS)
     columns = min(_COLUMNS, max(len(hits), 1))
-    words = textwrap.shorten(query, 26 * 4 * columns // 2, placeholder=" …")
-    lines = textwrap.wrap(words, 26 * columns)
+    lines = textwrap.wrap(query, 26 * columns)
+    if len(lines) > _LINES:
+        lines = [*lines[: _LINES - 1], f"{lines[_LINES - 1][:-2]} …"]
     top = 0.3 + 0.2 * len(lines)
     figure = Figure(figsize=(_SIDE * columns, rows * (_SIDE + 0.35) + top), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("\n".join(lines), fontsize=10)
+    figure.suptitle("\n".join(lines), fontsize=10, parse_math=False)
     axes = figure.subplots(max(rows, 1), columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -45,7 +58,8 @@ def draw_sheet(
         axis.set_axis_on()
         axis.set(xticks=[], yticks=[])
         axis.imshow(image)
-        axis.set_title(f"{number + 1}. {hit.score:.3f}  {hit.image.name[:28]}", fontsize=8)
+        title = f"{number + 1}. {hit.score:.3f}  {hit.image.name[:28]}"
+        axis.set_title(title, fontsize=8, parse_math=False)  # a $ is a dollar
         for spine in axis.spines.values():
             spine.set(color=colour, linewidth=1 if right is None else 4)
     path.parent.mkdir(parents=True, exist_ok=True)

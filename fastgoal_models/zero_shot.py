@@ -49,8 +49,10 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder")
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
-    classes = {path.name.replace("_", " "): picture_files(path) for path in folders}
-    classes = {name: pictures for name, pictures in classes.items() if pictures}
+    classes: dict[str, list[Path]] = {}
+    for path in folders:  # "a_b" and "a b" are one class
+        if pictures := picture_files(path):
+            classes.setdefault(path.name.replace("_", " "), []).extend(pictures)
     if len(classes) < 2:
         raise ConfigError(
             f"{folder} has {len(classes)} classes. Fix: a folder for each class, with its pictures"
@@ -70,6 +72,7 @@ def classify(
     model: FastGoalModel,
     classes: dict[str, list[Path]],
     *,
+    resize: str = "crop",
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Classified:
@@ -82,7 +85,9 @@ def classify(
         owners = torch.tensor(
             [number for number, pictures in enumerate(classes.values()) for _ in pictures]
         )
-        features, found = encode_pictures(model, paths, batch_size=batch_size, progress=progress)
+        features, found = encode_pictures(
+            model, paths, resize=resize, batch_size=batch_size, progress=progress
+        )
     finally:
         model.train(was_training)
     scores = features @ prompts.T

@@ -1,9 +1,12 @@
 """`fastgoal eval`: its numbers are those of plain score matrices, and what is left out is named."""
 
 import json
+import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from fastgoal_kernels import maxsim_scores
@@ -17,6 +20,7 @@ from fastgoal_models.evaluation import (
     evaluate_set,
     joint_precision,
     trained_on,
+    training_images,
 )
 from fastgoal_models.glit import crop_region, image_tensor, load_image
 from fastgoal_models.retrieval import recall_at_k
@@ -131,7 +135,8 @@ def test_average_precision_by_hand():
     assert average_precision_at(scores, right, 4).tolist() == pytest.approx(expected)
     assert average_precision_at(scores, right, 1).tolist() == [0.5, 0.0]
     nan = torch.tensor([[float("nan"), 0.0]])
-    assert average_precision_at(nan, torch.tensor([[True, False]]), 2).tolist() == [0.5]
+    for owners in ([[True, False]], [[False, True]]):
+        assert average_precision_at(nan, torch.tensor(owners), 2).tolist() == [0.5]
 
 
 def test_joint_precision_is_that_of_all_pictures_and_parts(records):
@@ -164,6 +169,46 @@ def test_training_images_among_the_test_images(records, tmp_path):
     (tmp_path / "12.png").write_bytes(records[2].image.read_bytes() + b"x")
     numbered = CaptionSet("x", [CaptionedImage("a", tmp_path / "12.png", ("x",))])
     assert trained_on(numbered, [elsewhere / "12.png"]) == []
+
+
+def test_what_was_trained_on_is_read_from_files_whose_images_are_elsewhere(records, tmp_path):
+    far = tmp_path / "far"
+    far.mkdir()
+    rows = [{"image": f"gone/{record.id}.jpg", "caption": "x"} for record in records[:2]]
+    lines = [*map(json.dumps, rows), "no json", json.dumps({"caption": "no image"})]
+    (far / "train.jsonl").write_text("\n".join(lines))
+    with tarfile.open(far / "shard.tar", "w") as tar:
+        for name in ("some/blue.png", "some/blue.json"):
+            tar.addfile(tarfile.TarInfo(name))
+    captioned = caption_set(records, "x")
+    assert trained_on(captioned, training_images(far / "train.jsonl")) == ["red", "green"]
+    assert trained_on(captioned, training_images(far / "shard.tar")) == ["blue"]
+    (far / "empty.jsonl").write_text("no json\n")
+    with pytest.raises(ConfigError, match="nothing was compared"):
+        training_images(far / "empty.jsonl")
+    with pytest.raises(ConfigError, match="no such file"):
+        training_images(far / "nowhere.jsonl")
+
+
+def test_a_broken_picture_costs_no_result_and_a_files_name_no_papers_rows(records, tmp_path):
+    half = tmp_path / "red.jpg"  # whose header is whole
+    Image.effect_noise((48, 32), 50).convert("RGB").save(half)
+    half.write_bytes(half.read_bytes()[:800])
+    write_glit([replace(records[0], image=half), *records[1:]], tmp_path / "coco.jsonl")
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    command = [
+        "eval", "--model", tmp_path / "model.json", "--data", tmp_path / "coco.jsonl",
+        "--json", tmp_path / "e.json", "--resize", "squash", "--device", "cpu",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, [str(word) for word in command])
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "e.json").read_text())
+    assert document["published"] == [] and document["resize"] == "squash"
+    (found,) = document["models"]
+    assert list(found["retrieval"]["unread"]) == ["red"]
+    assert found["joint"]["records"] == found["pointing"]["sentences"] == 2
+    wrong = CliRunner().invoke(app, [str(word) for word in [*command, "--score", "whole"]])
+    assert wrong.exit_code == 2 and "has global, maxsim" in wrong.output
 
 
 def test_the_command(records, tmp_path):

@@ -72,6 +72,12 @@ def test_names_and_files_that_lead_nowhere(config, tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         load_model(str(tmp_path / "bad.json"))
+    for content in ("{}", "[]"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ConfigError, match="needs vision_cfg and text_cfg"):
+            load_model(str(tmp_path / "bad.json"))
+    with pytest.raises(ConfigError, match="normalised otherwise"):
+        load_model("ViT-L-14", "laion2b_s32b_b82k")
     assert isinstance(load_model("caft-xs").model, Caft)
     with pytest.raises(ConfigError, match="is a CAFT"):
         load_fast_goal("caft-xs")

@@ -6,10 +6,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fastgoal_models import FastGoalModel
+from fastgoal_models.caft import Caft
 from fastgoal_models.cli import app
 from fastgoal_models.encoding import encode_captions, encode_pictures
 from fastgoal_models.errors import ConfigError
-from fastgoal_models.search import Index, make_index, search_index
+from fastgoal_models.search import Hit, Index, make_index, search_index, search_with_caft
+from fastgoal_models.sheets import draw_sheet
 from fastgoal_models.zero_shot import class_folders, classify, picture_files
 from tests.models.small_models import CONFIG, coloured_records, small_clip
 
@@ -60,6 +63,10 @@ def test_what_can_not_be_searched(folder, tmp_path):
     index, _ = make_index(model, folder)
     with pytest.raises(ConfigError, match="other weights"):
         search_index(small_clip(seed=1), index, QUERY, 1)
+    quick = FastGoalModel.create(CONFIG | {"quick_gelu": True}, context_length=24)
+    quick.load_state_dict(model.state_dict())
+    with pytest.raises(ConfigError, match="other weights"):
+        search_index(quick, index, QUERY, 1)
     with pytest.raises(ConfigError, match="no words"):
         search_index(model, index, "  ", 1)
     with pytest.raises(ConfigError, match="global"):
@@ -73,6 +80,26 @@ def test_what_can_not_be_searched(folder, tmp_path):
     (tmp_path / "no.safetensors").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="can not be read as an index"):
         Index.load(tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize("query", ["A sign $x_$ there, $5.", "一" * 300, "word " * 200])
+def test_any_text_stands_above_its_sheet(folder, tmp_path, query):
+    draw_sheet(query, [Hit(folder / "red.png", 0.5)], tmp_path / "sheet.png", right=[True])
+    assert (tmp_path / "sheet.png").stat().st_size > 3000
+    with pytest.raises(ConfigError, match="should end in one of"):
+        draw_sheet(query, [], tmp_path / "sheet.xyz")
+
+
+def test_a_caft_searches_a_folder(folder):
+    torch.manual_seed(0)
+    model = Caft.create("caft-xs", superpixels="grid").eval()
+    paths = [folder / f"{name}.png" for name in ("red", "broken", "blue")]
+    hits, lost = search_with_caft(model, paths, QUERY, 5)
+    assert [hit.image.name for hit in hits] != [] and len(hits) == 2
+    assert list(lost) == [str(folder / "broken.png")]
+    alone, _ = search_with_caft(model, paths[:1], QUERY, 5)
+    (score,) = [hit.score for hit in hits if hit.image == paths[0]]
+    assert alone[0].score == pytest.approx(score, abs=1e-4)
 
 
 def test_links_out_of_the_folder_are_left_out(folder, tmp_path):
