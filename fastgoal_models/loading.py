@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import open_clip
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from torch import Tensor
 
 from .caft.config import CaftConfig
 from .caft.model import Caft
@@ -100,7 +101,8 @@ def load_model(
     """The model that a person means.
 
     Args:
-        model: the folder of a training run or of one of its checkpoints; or caft-b, caft-s,
+        model: the folder of a training run or of one of its checkpoints, of whose moving average,
+            if it kept one, the weights are; or caft-b, caft-s,
             caft-xs; or an open_clip name; or a JSON configuration of one of the last two.
         pretrained: an open_clip tag of that name, or a weights file; None: random weights.
         context_length: text positions of a CLIP that is not a run's; None: as many as it has.
@@ -179,7 +181,8 @@ def _is_caft(model: str) -> bool:
 def _from_run(folder: Path) -> Loaded:
     checkpoint = _checkpoint(folder)
     noted = checkpoint.config
-    name = f"{folder}, step {checkpoint.step}"
+    average = _moving_average(checkpoint)
+    name = f"{folder}, step {checkpoint.step}" + (", averaged" if average else "")
     weights = checkpoint.path / "model.safetensors"
     if isinstance(noted.get("model"), dict):
         caft = Caft.from_checkpoint(
@@ -188,6 +191,7 @@ def _from_run(folder: Path) -> Loaded:
             superpixels=noted["superpixels"],
             published=noted["published"],
         )
+        caft.load_state_dict(average, strict=False)
         return Loaded(caft, name, False, noted)
     if not isinstance(noted.get("architecture"), dict):
         raise ConfigError(
@@ -197,7 +201,18 @@ def _from_run(folder: Path) -> Loaded:
     clip = FastGoalModel.create(
         noted["architecture"], weights, context_length=noted["context_length"]
     )
+    clip.load_state_dict(average, strict=False)
     return Loaded(clip, name, False, noted)
+
+
+def _moving_average(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The averaged weights of a run that kept some (`ema`); else none."""
+    state = checkpoint.state.get("ema", {})
+    return {
+        name.removeprefix("module."): tensor
+        for name, tensor in state.items()
+        if name.startswith("module.")
+    }
 
 
 def _checkpoint(folder: Path) -> Checkpoint:

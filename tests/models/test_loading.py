@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 
+from fastgoal_models import FastGoalDataset, match_pairs
 from fastgoal_models.caft import Caft
+from fastgoal_models.checkpoints import latest_checkpoint, load_checkpoint
 from fastgoal_models.errors import ConfigError
+from fastgoal_models.fast_goal_training import FastGoalTrainConfig
 from fastgoal_models.loading import architecture, load_fast_goal, load_model
-from tests.models.small_models import CONFIG, small_clip
+from fastgoal_models.training import train
+from tests.models.small_models import CONFIG, coloured_records, small_clip
 
 
 @pytest.fixture
@@ -46,7 +50,6 @@ def test_a_runs_folder(config, tmp_path):
 
     from fastgoal_models import write_glit
     from fastgoal_models.cli import app
-    from tests.models.small_models import coloured_records
 
     write_glit(coloured_records(tmp_path), tmp_path / "data.jsonl")
     command = [
@@ -62,6 +65,23 @@ def test_a_runs_folder(config, tmp_path):
         assert loaded.notes["context_length"] == loaded.model.tokenizer.context_length == 24
     with pytest.raises(ConfigError, match="weights of its own"):
         load_model(str(tmp_path / "run"), "openai")
+
+
+def test_a_run_that_kept_an_average_is_judged_by_it(config, tmp_path):
+    records = match_pairs(small_clip(), coloured_records(tmp_path), progress=False)
+    model = small_clip()
+    dataset = FastGoalDataset(records, model.tokenizer, 32, 24)
+    options = FastGoalTrainConfig(
+        tmp_path / "run", steps=2, batch_size=2, learning_rate=0.1, ema=0.5
+    )
+    identity = {"model": config, "architecture": CONFIG, "context_length": 24}
+    train(model, dataset, options, device="cpu", identity=identity)
+    loaded = load_model(str(tmp_path / "run"))
+    assert loaded.name.endswith("step 2, averaged")
+    average = load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints")).state["ema"]
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, average[f"module.{name}"]), name
+    assert not torch.equal(loaded.model.clip.ln_final.weight, model.clip.ln_final.weight)
 
 
 def test_names_and_files_that_lead_nowhere(config, tmp_path):
