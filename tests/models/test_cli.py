@@ -228,7 +228,7 @@ def test_too_few_records(train_arguments, data):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--model", "no-such-model"], ["can not build model 'no-such-model'"]),
+        (["--model", "no-such-model"], ["open_clip has no model 'no-such-model'"]),
         (["--pretrained", "gone.safetensors"], ["gone.safetensors"]),
         (["--device", "toaster"], ["device 'toaster' can not be used"]),
         (["--epochs", "1"], ["steps or epochs"]),
