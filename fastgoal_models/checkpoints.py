@@ -172,6 +172,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, step, weights, state, config)
 
 
+def save_tensors_atomically(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file, all of it or nothing: it gets its name when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata=metadata)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step, so that nobody ever reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

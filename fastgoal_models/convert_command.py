@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,10 +13,9 @@ import open_clip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from rich.console import Console
 from rich.markup import escape
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoints import write_text_atomically
+from .checkpoints import save_tensors_atomically, write_text_atomically
 from .errors import ConfigError
 from .hf_checkpoints import (
     ClipSettings,
@@ -69,7 +67,8 @@ def run_convert(options: ConvertOptions, console: Console) -> None:
     found = _what_was_found(options, weights, sizes, settings)
     console.print(escape(found), highlight=False, soft_wrap=True)
     weights_file.parent.mkdir(parents=True, exist_ok=True)
-    _save(converted, weights_file)
+    # Some releases of transformers refuse a file that does not name its format.
+    save_tensors_atomically(converted, weights_file, {"format": "pt"})
     if config_file is not None:
         write_text_atomically(config_file, json.dumps(config, indent=2) + "\n")
     how = _how_to_load(options, sizes, settings)
@@ -188,18 +187,6 @@ def _refuse_without_settings(sizes: ClipSizes) -> NoReturn:
         f"--model {' or '.join(like) or 'FILE.json'}, the open_clip model they are of. OpenAI's "
         "weights, and what is trained from them, are of a ...-quickgelu"
     )
-
-
-def _save(weights: Mapping[str, Tensor], path: Path) -> None:
-    """All of it or nothing: the file gets its name when it is whole."""
-    temporary = path.with_name(f".writing-{path.name}-{secrets.token_hex(4)}")
-    try:
-        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-        # Some releases of transformers refuse a file that does not say this.
-        save_file(contiguous, temporary, metadata={"format": "pt"})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _what_was_found(

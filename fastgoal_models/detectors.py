@@ -24,6 +24,7 @@ from torch import nn
 from .errors import ConfigError
 from .glit import Box, json_lines
 from .hf_checkpoints import read_weights
+from .options import tensors_digest
 
 LEAST_SCORE = 0.5
 
@@ -89,7 +90,8 @@ class TransformersDetector:
         self.model = model.to(device).float().eval()
 
     def identity(self) -> str:
-        return f"transformers:{self.name}, {weights_digest(self.model)}, {self.least_score}"
+        weights = tensors_digest(self.model.state_dict())
+        return f"transformers:{self.name}, {weights}, {self.least_score}"
 
     @torch.no_grad()
     def detect(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
@@ -146,7 +148,8 @@ class TorchvisionDetector:
         self.model: nn.Module = model.to(device).eval()
 
     def identity(self) -> str:
-        return f"torchvision:{self.name}, {weights_digest(self.model)}, {self.least_score}"
+        weights = tensors_digest(self.model.state_dict())
+        return f"torchvision:{self.name}, {weights}, {self.least_score}"
 
     @torch.no_grad()
     def detect(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
@@ -212,12 +215,3 @@ def _best_first(
         )
     ]
     return sorted(found, key=lambda detection: -detection.score)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Sixteen hex digits of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

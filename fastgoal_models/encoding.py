@@ -46,11 +46,6 @@ def pixels_for(image_size: int, resize: str = "crop") -> Transform:
     return crop
 
 
-def image_size_of(model: FastGoalModel | Caft) -> int:
-    """The side of the square that a model reads."""
-    return model.config.image_size if isinstance(model, Caft) else model.image_size
-
-
 @dataclass
 class Pictures:
     """What was read of some pictures: which could be, and why the others could not."""
@@ -62,9 +57,16 @@ class Pictures:
 
 
 def batches_of_pictures(
-    paths: Sequence[Path], transform: Transform, batch_size: int, found: Pictures
+    paths: Sequence[Path],
+    transform: Transform,
+    batch_size: int,
+    found: Pictures,
+    progress: Progress | None = None,
 ) -> Iterator[Tensor]:
-    """Batches (N, 3, S, S) of the pictures that can be read, in order; `found` says which."""
+    """Batches (N, 3, S, S) of the pictures that can be read, in order; `found` says which.
+
+    `progress` is told of a batch once it has been dealt with.
+    """
     workers = min(8, cpu_count() or 1)
 
     def read(path: Path) -> Tensor:
@@ -83,11 +85,11 @@ def batches_of_pictures(
                 found.kept.append(place)
             except GlitError as error:
                 found.lost[place] = str(error)
-            if len(batch) == batch_size:
+            if batch and (len(batch) == batch_size or place + 1 == len(paths)):
                 yield torch.stack(batch)
+                if progress is not None:
+                    progress(len(batch))
                 batch = []
-        if batch:
-            yield torch.stack(batch)
 
 
 @torch.no_grad()
@@ -108,15 +110,13 @@ def encode_pictures(
     device = next(model.parameters()).device if device is None else torch.device(device)
     found, parts = Pictures(), []
     transform = pixels_for(model.image_size, resize)
-    for batch in batches_of_pictures(paths, transform, batch_size, found):
+    for batch in batches_of_pictures(paths, transform, batch_size, found, progress):
         if tokens:
             _, patches = model.image_tokens(batch.to(device))
             encoded = torch.nn.functional.normalize(model.project_patches(patches), dim=-1)
         else:
             encoded = model.encode_image(batch.to(device))
         parts.append(encoded.float().cpu())
-        if progress is not None:
-            progress(len(batch))
     if not parts:
         raise ConfigError(f"none of {len(paths)} pictures can be read: {_first(found)}")
     return torch.cat(parts), found
@@ -133,11 +133,7 @@ def encode_captions(
 ) -> tuple[Tensor, int]:
     """Features (M, E), L2-normalised, on the CPU, and how many captions ran past the context."""
     device = next(model.parameters()).device if device is None else torch.device(device)
-    rows = model.tokenizer(list(captions))
-    lengths = rows.argmax(dim=1) + 1
-    # Of rows that are full, those that would have been longer.
-    full = (lengths == rows.shape[1]).nonzero().flatten().tolist()
-    truncated = sum(len(model.tokenizer.encode(captions[at])) > rows.shape[1] - 2 for at in full)
+    rows, lengths, truncated = caption_rows(model, captions)
     order = lengths.argsort(stable=True)  # short ones with short ones: padding is never read
     parts = []
     for part in order.split(batch_size):
@@ -150,8 +146,21 @@ def encode_captions(
     return torch.cat(parts)[order.argsort()], truncated
 
 
-def caft_rows(model: Caft, captions: Sequence[str], published: bool = False) -> tuple[Tensor, int]:
-    """Captions as a CAFT's parts (M, parts, L), and of how many a part ran past the context.
+def caption_rows(model: FastGoalModel, captions: Sequence[str]) -> tuple[Tensor, Tensor, int]:
+    """Captions as a CLIP's tokens (M, L), how many each has with start and end, and how many
+    captions ran past the context."""
+    rows = model.tokenizer(list(captions))
+    lengths = rows.argmax(dim=1) + 1
+    # Of rows that are full, those that would have been longer.
+    full = (lengths == rows.shape[1]).nonzero().flatten().tolist()
+    truncated = sum(len(model.tokenizer.encode(captions[at])) > rows.shape[1] - 2 for at in full)
+    return rows, lengths, truncated
+
+
+def caft_rows(
+    model: Caft, captions: Sequence[str], published: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Captions as a CAFT's parts (M, parts, L), and whether a part of each ran past the context.
 
     `published`: cut and joined as the published code does, which its released scores need.
     """
@@ -165,8 +174,10 @@ def caft_rows(model: Caft, captions: Sequence[str], published: bool = False) -> 
     rows = torch.stack([text_rows(some, model.tokenizer) for some in parts])
     room = rows.shape[-1] - 2
     full = (rows.argmax(dim=-1) == rows.shape[-1] - 1).nonzero().tolist()
-    cut = {i for i, j in full if len(model.tokenizer.encode(parts[i][j])) > room}
-    return rows, len(cut)
+    truncated = torch.zeros(len(rows), dtype=torch.bool)
+    for i, j in full:
+        truncated[i] |= len(model.tokenizer.encode(parts[i][j])) > room
+    return rows, truncated
 
 
 def _first(found: Pictures) -> str:

@@ -24,6 +24,7 @@ from .encoding import (
     Progress,
     batches_of_pictures,
     caft_rows,
+    caption_rows,
     encode_captions,
     encode_pictures,
     pixels_for,
@@ -160,14 +161,13 @@ def _clip(
     tokens = score == "maxsim"
     images, found = encode_pictures(model, paths, tokens=tokens, **options)
     captions, owner = _captions(captioned, found)
-    texts, truncated = encode_captions(
-        model, captions, batch_size=options["batch_size"], progress=options["progress"]
-    )
+    text_options = {name: options[name] for name in ("batch_size", "progress")}
     if not tokens:
+        texts, truncated = encode_captions(model, captions, **text_options)
         ranks = feature_ranks(images, texts, text_image=owner)
         shown = _shown(ranks, _best_images(images, texts, show), captions, found)
         return ranks, truncated, found, shown
-    words, offsets = word_tokens(model, captions, options["batch_size"])
+    words, offsets, truncated = word_tokens(model, captions, **text_options)
     best = maxsim_topk(
         images, words, max(candidates_needed(ks, owner), show), text_offsets=offsets,
         device=next(model.parameters()).device,
@@ -220,21 +220,19 @@ def _caft(
                 progress(len(batch))
 
     pictures = batches_of_pictures(
-        paths, pixels_for(model.config.image_size, resize), batch_size, found
+        paths, pixels_for(model.config.image_size, resize), batch_size, found, progress
     )
-    every, _ = _captions(captioned, None)
-    rows, _ = caft_rows(model, every, published)
-    features = encode(model, counted(pictures), counted(rows.split(batch_size)))
-    _, places = _owners(captioned, None)
-    kept, owner = _owners(captioned, found)
-    chosen = torch.tensor([at for at, place in enumerate(places.tolist()) if place in kept])
+    every, places = _captions(captioned, None)
+    rows, truncated = caft_rows(model, every, published)
+    features = encode(model, pictures, counted(rows.split(batch_size)))
+    chosen = torch.isin(places, torch.tensor(found.kept))  # not those of pictures that were lost
     features = features._replace(
         part_features=features.part_features[chosen],
         whole_text_features=features.whole_text_features[chosen],
     )
-    _, truncated = caft_rows(model, [every[at] for at in chosen.tolist()], published)
+    _, owner = _owners(captioned, found)
     ranks = caft_ranks(model, features, ks, score=score, text_image=owner)
-    return ranks, truncated, found
+    return ranks, int(truncated[chosen].sum()), found
 
 
 def _captions(captioned: CaptionSet, found: Pictures | None) -> tuple[list[str], Tensor]:
@@ -251,15 +249,20 @@ def _owners(captioned: CaptionSet, found: Pictures | None) -> tuple[list[int], T
 
 @torch.no_grad()
 def word_tokens(
-    model: FastGoalModel, captions: Sequence[str], batch_size: int = 64
-) -> tuple[Tensor, Tensor]:
+    model: FastGoalModel,
+    captions: Sequence[str],
+    *,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor, int]:
     """Projected, L2-normalised word tokens of captions, packed (total, E), and offsets (M + 1,).
 
-    The tokens between the start and the end token.
+    The tokens between the start and the end token. The third is how many captions ran past the
+    context.
     """
     device = next(model.parameters()).device
-    rows = model.tokenizer(list(captions))
-    lengths = rows.argmax(dim=1) - 1  # without start and end
+    rows, lengths, truncated = caption_rows(model, captions)
+    lengths = lengths - 2  # without start and end
     parts = []
     for start in range(0, len(rows), batch_size):
         some = lengths[start : start + batch_size]
@@ -270,8 +273,10 @@ def word_tokens(
             torch.arange(tokens.shape[1]) <= some[:, None]
         )
         parts.append(tokens[inside])
+        if progress is not None:
+            progress(len(batch))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return torch.cat(parts), offsets
+    return torch.cat(parts), offsets, truncated
 
 
 # -- the joint set of pictures and their parts ----------------------------------------------------

@@ -6,7 +6,6 @@ keep much of both, and cost nothing: (1 − alpha) · old + alpha · new.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoints import latest_checkpoint
+from .checkpoints import latest_checkpoint, save_tensors_atomically
 from .errors import ConfigError
 from .hf_checkpoints import read_weights
 from .positional import stretch_positional_embedding
@@ -47,7 +45,7 @@ def run_interpolate(options: InterpolateOptions, console: Console) -> None:
     old, new = (_as_open_clip(read_weights(file)) for file in files)
     old, stretched = _stretched_like(old, new)
     weights = interpolate(old, new, options.alpha)
-    _save(weights, options.out)
+    save_tensors_atomically(weights, options.out, {"format": "pt"})
     if stretched:
         console.print(f"The old model's texts were stretched to {stretched} positions.")
     console.print(
@@ -135,15 +133,3 @@ def _stretched_like(
                 continue  # not a stretch of these: `interpolate` says that the shapes differ
             return old | {name: positions}, length
     return old, None
-
-
-def _save(weights: Mapping[str, Tensor], path: Path) -> None:
-    """All of it or nothing: the file gets its name when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}-{secrets.token_hex(4)}")
-    try:
-        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(contiguous, temporary, metadata={"format": "pt"})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -102,8 +102,8 @@ def load_model(
 
     Args:
         model: the folder of a training run or of one of its checkpoints, of whose moving average,
-            if it kept one, the weights are; or caft-b, caft-s,
-            caft-xs; or an open_clip name; or a JSON configuration of one of the last two.
+            if it kept one, the weights are; or caft-b, caft-s, caft-xs; or an open_clip name; or
+            a JSON configuration of one of the last two.
         pretrained: an open_clip tag of that name, or a weights file; None: random weights.
         context_length: text positions of a CLIP that is not a run's; None: as many as it has.
         seed: of random weights.

@@ -9,7 +9,6 @@ no longer the same to the bit.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, UserError
 from .fast_goal import FastGoalModel
+from .options import tensors_digest
 
 _ADAPTER = "default"  # peft's own name for the only one
 
@@ -96,15 +96,10 @@ class LoraAdapters:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def _digest(self) -> str:
-        digest = hashlib.sha256()
-        trained = self._trained()
-        # Sorted: in a forward pass peft takes weights out of their modules and puts them back last.
-        for name, tensor in sorted(self.model.state_dict().items()):
-            if name not in trained:
-                digest.update(name.encode())
-                content = tensor.detach().cpu().contiguous()
-                digest.update(content.reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        # Of sorted names: in a forward pass peft takes weights out of their modules and puts them
+        # back last.
+        state, trained = self.model.state_dict(), self._trained()
+        return tensors_digest({name: state[name] for name in state if name not in trained})
 
 
 def _config(rank: int) -> Any:

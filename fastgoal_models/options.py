@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
@@ -28,6 +29,16 @@ def create_model(
     except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
         weights = f"weights {pretrained!r}" if pretrained else "random weights"
         raise ConfigError(f"can not build model {str(model)!r} with {weights}: {error}") from error
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hex digits that change when a name or a bit of a tensor does."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        content = tensor.detach().cpu().contiguous()
+        digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def records_digest(records: Sequence[GlitRecord]) -> str:

@@ -9,10 +9,11 @@ from open_clip import SimpleTokenizer
 from rich.console import Console
 from rich.markup import escape
 
-from .detectors import create_detector, weights_digest
+from .detectors import create_detector
 from .devices import parse_device
 from .flism import Matcher, RegionRules
 from .loading import load_fast_goal
+from .options import tensors_digest
 from .prepare import Prepared, Share, prepare
 from .progress import counting
 
@@ -73,7 +74,7 @@ def run_prepare(options: PrepareOptions, console: Console) -> Prepared:
             options.out,
             matcher,
             root=options.root,
-            identity={"model": loaded.name, "weights": weights_digest(model)},
+            identity={"model": loaded.name, "weights": tensors_digest(model.state_dict())},
             keep_pairs=options.keep_pairs,
             published=options.published,
             share=share,

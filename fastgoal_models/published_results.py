@@ -16,7 +16,7 @@ class Published(NamedTuple):
     image_to_text: float
 
 
-_B16_LONG = {
+_ROWS = {
     "docci-goal": (
         Published("CLIP B/16", 58.5, 58.8),
         Published("Long-CLIP B/16", 71.6, 63.3),
@@ -41,4 +41,4 @@ _B16_LONG = {
 
 def published_rows(set_name: str) -> tuple[Published, ...]:
     """The papers' rows for a set; none for sets that no table of theirs has."""
-    return _B16_LONG.get(set_name, ())
+    return _ROWS.get(set_name, ())

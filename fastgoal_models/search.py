@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgoal_kernels import maxsim_scores
+from fastgoal_kernels import hierarchical_scores, maxsim_scores
 
 from .caft.model import Caft
 from .caft.scoring import ALPHA, encode
-from .detectors import weights_digest
+from .checkpoints import save_tensors_atomically
 from .encoding import (
     Pictures,
     Progress,
@@ -31,6 +30,7 @@ from .encoding import (
 from .errors import ConfigError
 from .evaluation import word_tokens
 from .fast_goal import FastGoalModel
+from .options import tensors_digest
 from .zero_shot import picture_files
 
 SCORES = ("global", "maxsim", "reranked")
@@ -59,19 +59,13 @@ class Index:
 
     def save(self, path: Path) -> None:
         """Write it in one step, as safetensors; no image is stored."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         notes = {
             "kind": "fastgoal index",
             "folder": str(self.folder),
             "names": json.dumps(self.names),
             "weights": self.weights,
         }
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            save_file({"features": self.features.contiguous()}, temporary, metadata=notes)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_tensors_atomically({"features": self.features}, path, notes)
 
     @classmethod
     def load(cls, path: Path) -> Index:
@@ -113,7 +107,7 @@ def make_index(
 def identity_of(model: FastGoalModel) -> str:
     """What features depend on: the weights, and what weights do not tell, heads and activation."""
     shape = repr(model).encode()
-    return f"{weights_digest(model)}-{hashlib.sha256(shape).hexdigest()[:8]}"
+    return f"{tensors_digest(model.state_dict())}-{hashlib.sha256(shape).hexdigest()[:8]}"
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -164,7 +158,7 @@ def search_index(
     among = torch.arange(len(scores))
     if score == "reranked":
         among = scores.argsort(descending=True, stable=True)[: max(SHORTLIST, k)]
-    words, offsets = word_tokens(model, [query])
+    words, offsets, _ = word_tokens(model, [query])
     paths = [index.folder / index.names[place] for place in among.tolist()]
     blocks = []
     for start in range(0, len(paths), batch_size):  # patches are large: never those of all images
@@ -196,21 +190,15 @@ def search_with_caft(
     progress: Progress | None = None,
 ) -> tuple[list[Hit], dict[str, str]]:
     """`search_index` for a CAFT: (1 - alpha) whole + alpha parts; and pictures not to be read."""
-    from fastgoal_kernels import hierarchical_scores
-
     if not query.strip():
         raise ConfigError("the query has no words")
     found = Pictures()
 
-    def batches():
-        transform = pixels_for(model.config.image_size)
-        for batch in batches_of_pictures(paths, transform, batch_size, found):
-            yield batch
-            if progress is not None:
-                progress(len(batch))
-
+    pictures = batches_of_pictures(
+        paths, pixels_for(model.config.image_size), batch_size, found, progress
+    )
     rows, _ = caft_rows(model, [query])
-    features = encode(model, batches(), [rows], keep_on=model.logit_scale.device)
+    features = encode(model, pictures, [rows], keep_on=model.logit_scale.device)
     scores = hierarchical_scores(
         model.visual_proj, features.fine_tokens, features.part_features,
         features.whole_image_features, features.whole_text_features,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import types
 import warnings
 from collections.abc import Mapping
@@ -11,7 +10,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
 from rich.console import Console
 from rich.markup import escape
@@ -27,7 +25,7 @@ from .glit import FastGoalDataset, GlitRecord, SkipReport, read_glit
 from .glit_shards import ShardRecord, load_from_shard, read_glit_shards
 from .loading import LoadedFastGoal, architecture, load_fast_goal
 from .lora import LoraAdapters, check_lora
-from .options import records_digest
+from .options import records_digest, tensors_digest
 from .trackers import trackers, watched
 from .train_evaluation import retrieval_evaluation
 from .training import TrainingError, TrainResult, train, uses_bf16
@@ -217,16 +215,11 @@ def _identity(loaded: LoadedFastGoal, options: TrainOptions) -> dict[str, Any]:
             **context,
         }
     # The run may have gone on since, or its folder been moved: what counts is what was in it.
-    digest = hashlib.sha256()
-    for name, tensor in sorted(loaded.model.state_dict().items()):
-        digest.update(name.encode())
-        content = tensor.detach().cpu().contiguous()
-        digest.update(content.reshape(-1).view(torch.uint8).numpy())
     return {
         "model": loaded.notes.get("model"),
         "pretrained": None,
         "architecture": loaded.notes["architecture"],
-        "initial_weights": digest.hexdigest()[:16],
+        "initial_weights": tensors_digest(loaded.model.state_dict()),
         **context,
     }
 

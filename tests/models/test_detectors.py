@@ -15,10 +15,10 @@ from fastgoal_models.detectors import (
     TorchvisionDetector,
     TransformersDetector,
     create_detector,
-    weights_digest,
 )
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.flism import RegionRules
+from fastgoal_models.options import tensors_digest
 
 CPU = torch.device("cpu")
 
@@ -237,7 +237,8 @@ def test_torchvision_boxes(ssd):
     surer = TorchvisionDetector(f"{SSD}={ssd}", CPU, least)
     assert surer.detect(images, ["a", "b"])[0] == [d for d in found[0] if d.score >= least]
     assert detector._label(17) == "cat" and detector._label(1000) == "1000"
-    assert detector.identity().startswith(f"torchvision:{SSD}, {weights_digest(detector.model)}")
+    weights = tensors_digest(detector.model.state_dict())
+    assert detector.identity().startswith(f"torchvision:{SSD}, {weights}")
 
 
 def test_other_weights_are_refused(tmp_path):
