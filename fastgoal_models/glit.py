@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -34,6 +35,7 @@ from torch.utils.data import Dataset
 from .captions import pack_row, sentence_tokens, split_sentences
 from .errors import ConfigError, UserError
 from .fast_goal import FastGoalBatch
+from .preprocessing import CLIP_NORMALISATION, Normalisation
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2 in pixels of the upright picture"""
@@ -207,12 +209,18 @@ def image_tensor(
 
     Squashed, not cropped, so that boxes scale with the picture and nothing of it is lost.
     """
-    squashed = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    whole = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    # On bytes, in one thread: an eighth of Pillow's time for the same filter, and as near to it in
+    # float64. Both round to bytes between the two passes, here and there to another one.
+    size = (image_size, image_size)
+    squashed = F.interpolate(whole, size=size, mode="bicubic", antialias=True)[0]
     # In NumPy, which leaves the interpreter's lock and starts no threads of its own: this runs in
     # threads that read ahead.
-    pixels = np.array(squashed, dtype=np.float32) / np.float32(255)
-    pixels = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    pixels = squashed.numpy().astype(np.float32, order="C")
+    pixels /= np.float32(255)
+    pixels -= np.array(mean, np.float32)[:, None, None]
+    pixels /= np.array(std, np.float32)[:, None, None]
+    return torch.from_numpy(pixels)
 
 
 # -- reading and writing --------------------------------------------------------------------------
@@ -432,7 +440,7 @@ class FastGoalDataset(Dataset[FastGoalBatch]):
         tokenizer: CLIP's; of any context.
         image_size: S.
         context_length: L, the tokens of a text, start and end included.
-        mean, std: of the pictures' three channels.
+        normalisation: of the pictures; the model's own.
         sampling: "best"; or one of the `top_k` best pairs, "uniform" each as often, "weighted" as
             often as its score is high (one that is not above 0 never, unless all are).
         top_k: pairs to draw from; fewer where a record has fewer within the context.
@@ -458,8 +466,7 @@ class FastGoalDataset(Dataset[FastGoalBatch]):
         tokenizer: SimpleTokenizer,
         image_size: int,
         context_length: int = 248,
-        mean: Sequence[float] = OPENAI_DATASET_MEAN,
-        std: Sequence[float] = OPENAI_DATASET_STD,
+        normalisation: Normalisation = CLIP_NORMALISATION,
         *,
         sampling: str = "best",
         top_k: int = 3,
@@ -487,7 +494,7 @@ class FastGoalDataset(Dataset[FastGoalBatch]):
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.context_length = context_length
-        self.mean, self.std = mean, std
+        self.normalisation = normalisation
         self.sampling, self.seed = sampling, seed
         self._load = load
         room = context_length - 2
@@ -556,9 +563,9 @@ class FastGoalDataset(Dataset[FastGoalBatch]):
         image = load_image(record.image) if self._load is None else self._load(record)
         local = crop_region(image, pair.box)
         return FastGoalBatch(
-            images=image_tensor(image, self.image_size, self.mean, self.std),
+            images=image_tensor(image, self.image_size, *self.normalisation),
             texts=pack_row(words, self.tokenizer, self.context_length),
-            local_images=image_tensor(local, self.image_size, self.mean, self.std),
+            local_images=image_tensor(local, self.image_size, *self.normalisation),
             local_texts=pack_row(words[start:end], self.tokenizer, self.context_length),
             boxes=torch.tensor(pair.box, dtype=torch.float32),
             image_sizes=torch.tensor((record.width, record.height)),

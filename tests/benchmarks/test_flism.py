@@ -39,12 +39,15 @@ def test_the_table_is_printed_and_written(small, detector, regions, tmp_path, ca
     document = json.loads(path.read_text())
     assert document["kind"] == "flism" and document["device"]["threads"] == 1
     assert document["command"].endswith(" ".join(arguments))
-    ours, script = document["rows"]
-    assert (ours["contender"], script["contender"]) == (flism.OURS, flism.SCRIPT)
-    for row in (ours, script):
+    ours, bfloat16, script = document["rows"]
+    contenders = [row["contender"] for row in document["rows"]]
+    assert contenders == [flism.OURS, flism.BFLOAT16, flism.SCRIPT]
+    assert script["parity"] == {"scores": 0.0, "other_regions": 0}
+    assert flism.SAME_SCORE < bfloat16["parity"]["scores"] <= flism.SAME_IN_BFLOAT16
+    assert ours["parity"]["scores"] <= flism.SAME_SCORE
+    for row in document["rows"]:
         assert (row["images"], row["regions"], row["detector"]) == (3, 3 * regions, detector)
         assert row["repeats"] == 1 and row["cpu_ms"] > 0 and row["best_ms"] > 0
-        assert row["parity"]["scores"] <= flism.SAME_SCORE
         split = row["split_ms"]
         assert split["image_tower"] > 0 and split["text_tower"] > 0
         assert (split["detector"] > 0) == (detector is not None)
