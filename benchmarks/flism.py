@@ -15,10 +15,10 @@ tokenises and encodes every sentence alone, padded to the whole context. It hold
 memory, where `prepare` writes them to the disk with all that makes a run resumable.
 
 That both find the same pairs is asserted before anything is timed. A second row of ours has its
-towers in bfloat16 (`prepare --bfloat16`), whose scores are coarser: where two regions are as good as
-each other to bfloat16, it may take the other one. Each round runs all ways once, so that a busy
-machine slows them alike; processor time stands beside the clock's, because it suffers least from
-it. How the time splits up is measured in a run of its own.
+towers in bfloat16 (`prepare --bfloat16`), whose scores are coarser: of two regions that are as good
+to bfloat16 it may take the other one. Each round runs all ways once, so that a busy machine slows
+them alike; processor time stands beside the clock's, because it suffers least from it. How the time
+splits up is measured in a run of its own.
 
 On a machine with other work give --threads 1: threads that wait for each other's turn slow the
 script's many small products far more than our few large ones, which would flatter us.
@@ -69,12 +69,11 @@ from fastgoal_models.glit import crop_region, image_tensor, load_image
 from fastgoal_models.prepare import prepare
 from fastgoal_models.synthetic import draw, scene
 
-from . import cpu_rows
+from . import cpu_rows, flism_sections
 from .cpu_rows import CPU, Row
+from .flism_sections import BFLOAT16, OURS, SCRIPT
 from .measure import Timing, measure_in_turns
 
-OURS, BFLOAT16, SCRIPT = "fastgoal prepare", "with --bfloat16", "one at a time"
-PROMISED = 5.0  # times as fast as the script
 SAME_SCORE = 1e-4
 # Of unit vectors whose elements are off by 2^-9 each and more after some layers: 5e-4 is seen.
 SAME_IN_BFLOAT16 = 1e-2
@@ -352,53 +351,6 @@ def _an_image(timing: Timing, images: int) -> Timing:
     )
 
 
-HEAD = (
-    "", "images/s", "ms an image (20–80 %)", "× the script", "CPU ms", "by CPU time ×",
-    "detector", "image tower", "text tower", "rest",
-)  # fmt: skip
-
-
-def cells(row: Row, script: Row) -> list[str]:
-    """A row of the table."""
-    stages = [f"{milliseconds:.1f}" for milliseconds in row["split_ms"].values()]
-    return [
-        row["contender"],
-        f"{row['images_per_second']:.1f}",
-        f"{row['median_ms']:.1f} ({row['low_ms']:.1f}–{row['high_ms']:.1f})",
-        f"{script['median_ms'] / row['median_ms']:.1f}",
-        f"{row['cpu_ms']:.1f}",
-        f"{script['cpu_ms'] / row['cpu_ms']:.1f}",
-        *stages,
-    ]
-
-
-def title(row: Row) -> str:
-    """What the rows measure, in one line."""
-    regions, sentences = row["regions"] / row["images"], row["sentences"] / row["images"]
-    detector = f", {row['detector']}" if row["detector"] else ""
-    return (
-        f"local pairs of {row['images']} images{detector}: {regions:.1f} regions and "
-        f"{sentences:.1f} sentences each, float32"
-    )
-
-
-def footer(rows: Sequence[Row]) -> list[str]:
-    """Whether the promise is kept, and how to read the columns."""
-    ours, bfloat16, script = rows
-    times, processor = (script[key] / ours[key] for key in ("median_ms", "cpu_ms"))
-    kept = "kept" if times >= PROMISED else "not kept"
-    return [
-        f"Promised: {PROMISED:g} × the script's images a second. {kept}: {times:.1f} ×, and "
-        f"{processor:.1f} × by processor time.",
-        f"Same pairs, scores to {ours['parity']['scores']:.1g}; for "
-        f"{ours['parity']['other_regions']} of {ours['sentences']} sentences another region is as "
-        f"good, and was taken. With bfloat16 towers scores to {bfloat16['parity']['scores']:.1g}, "
-        f"and another region for {bfloat16['parity']['other_regions']}.",
-        "Last columns: ms an image in a run of its own; rest is reading, cropping, tokenising and "
-        "writing, as far as the towers wait for it.",
-    ]
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; always 0 unless the pairs differ: times are read, not asserted."""
     parser = argparse.ArgumentParser(
@@ -414,8 +366,11 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         setup = make_setup(Path(folder), arguments.images, arguments.detector is not None)
         rows = measure(setup, arguments.rounds)
-    table = [[cells(row, rows[-1]) for row in rows]]
-    cpu_rows.show(title(rows[0]), HEAD, table, footer(rows), cpu_rows.console())
+    sections = flism_sections
+    cpu_rows.show(
+        sections.title(rows), sections.HEAD, [sections.table(rows)], sections.footer(rows),
+        cpu_rows.console(),
+    )  # fmt: skip
     if arguments.json:
         detector = f" --detector {arguments.detector}" if arguments.detector else ""
         command = (

@@ -13,11 +13,13 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from . import (
     cpu_sections,
     feature_cpu_sections,
+    flism_sections,
     pooling_workloads,
     step_workloads,
     text_conditioned_cpu_sections,
@@ -42,7 +44,7 @@ EAGER = ("eager amax", "eager max")
 FEATURE_RIVALS = tuple(name for name in FEATURE_CONTENDERS if not name.startswith("fastgoal "))
 
 
-KINDS = ("device", "maxsim_cpu", "feature_cpu", "text_conditioned_cpu")
+KINDS = ("device", "maxsim_cpu", "feature_cpu", "text_conditioned_cpu", "flism")
 
 
 def load(folder: Path) -> list[Document]:
@@ -417,39 +419,41 @@ def cpu_section(document: Document, plot: str | None) -> str:
     return "\n".join(parts)
 
 
-def feature_cpu_section(document: Document, plot: str | None) -> str:
+def table_section(
+    heading: str, sections: ModuleType, cells: list[list[str]], document: Document, plot: str | None
+) -> str:
+    """A result whose rows stand in one table."""
     rows = document["rows"]
-    parts = [
-        f"### Losses of plain features: B {rows[0]['batch']:,}, "
-        f"{document['device']['threads']} threads\n",
-        provenance(document),
-    ]
+    parts = [f"### {heading}, {document['device']['threads']} threads\n", provenance(document)]
     if plot:
         parts.append(f"![time and memory]({plot})\n")
-    parts.append(f"**{feature_cpu_sections.title(rows)}**\n")
-    parts.append(markdown_table(feature_cpu_sections.HEAD, feature_cpu_sections.table(rows)))
-    footer = [f"- {line}" for line in feature_cpu_sections.footer(rows)]
-    if footer:
-        parts.append("\n".join(footer) + "\n")
-    return "\n".join(parts)
-
-
-def text_conditioned_cpu_section(document: Document, plot: str | None) -> str:
-    sections, rows = text_conditioned_cpu_sections, document["rows"]
-    parts = [
-        f"### Text-conditioned loss: {rows[0]['images']} images, {rows[0]['captions_per_image']} "
-        f"captions each, {document['device']['threads']} threads\n",
-        provenance(document),
-    ]
-    if plot:
-        parts.append(f"![time and memory]({plot})\n")
-    parts.append(f"**{sections.title(rows)}**\n")
-    cells = [row for group in sections.tables(rows) for row in group]
-    parts.append(markdown_table(sections.HEAD, cells))
+    parts += [f"**{sections.title(rows)}**\n", markdown_table(sections.HEAD, cells)]
     footer = [f"- {line}" for line in sections.footer(rows)]
     if footer:
         parts.append("\n".join(footer) + "\n")
     return "\n".join(parts)
+
+
+def feature_cpu_section(document: Document, plot: str | None) -> str:
+    sections, rows = feature_cpu_sections, document["rows"]
+    heading = f"Losses of plain features: B {rows[0]['batch']:,}"
+    return table_section(heading, sections, sections.table(rows), document, plot)
+
+
+def text_conditioned_cpu_section(document: Document, plot: str | None) -> str:
+    sections, rows = text_conditioned_cpu_sections, document["rows"]
+    heading = (
+        f"Text-conditioned loss: {rows[0]['images']} images, "
+        f"{rows[0]['captions_per_image']} captions each"
+    )
+    cells = [row for group in sections.tables(rows) for row in group]
+    return table_section(heading, sections, cells, document, plot)
+
+
+def flism_section(document: Document) -> str:
+    sections, rows = flism_sections, document["rows"]
+    heading = f"Local pairs: {rows[0]['detector'] or 'no detector'}"
+    return table_section(heading, sections, sections.table(rows), document, None)
 
 
 def page(documents: list[Document], plots: dict[str, str]) -> str:
@@ -500,6 +504,10 @@ def page(documents: list[Document], plots: dict[str, str]) -> str:
     if not pooling:
         parts.append("Text-conditioned loss, not yet measured: "
                      "`python -m benchmarks.text_conditioned_cpu`.\n")  # fmt: skip
+    pairs = [document for document in documents if document["kind"] == "flism"]
+    parts += [flism_section(document) for document in pairs]
+    if not pairs:
+        parts.append("Local pairs, not yet measured: `python -m benchmarks.flism`.\n")
     parts += [device_section(document, plots.get(document["stem"])) for document in cpus]
     return "\n".join(parts)
 
@@ -514,7 +522,9 @@ class Panel:
 
 
 def panels(document: Document) -> list[Panel]:
-    """The training steps of a result, without who did not finish."""
+    """The training steps of a result, without who did not finish; of local pairs none."""
+    if document["kind"] == "flism":
+        return []
     rows = [row for row in document["rows"] if row["stage"] == "forward+backward"]
     if document["kind"] == "device":
         races_run = [race for race in races(rows) if pictured(race[0], rows)]

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("rich", reason="rich is not installed (extra: bench)")
 
-from benchmarks import flism
+from benchmarks import flism, report
 
 SIZES = ((60, 45), (45, 60))
 
@@ -51,6 +51,11 @@ def test_the_table_is_printed_and_written(small, detector, regions, tmp_path, ca
         split = row["split_ms"]
         assert split["image_tower"] > 0 and split["text_tower"] > 0
         assert (split["detector"] > 0) == (detector is not None)
+    out = tmp_path / "benchmarks.md"
+    assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert f"| {flism.BFLOAT16} |" in page and f"### Local pairs: {detector or 'no'}" in page
+    assert "Local pairs, not yet measured" not in page
 
 
 def test_other_pairs_are_an_error(tmp_path):

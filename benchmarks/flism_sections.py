@@ -1,0 +1,64 @@
+"""The benchmark of local pairs: who takes part, what is promised, how the table reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+OURS, BFLOAT16, SCRIPT = "fastgoal prepare", "with --bfloat16", "one at a time"
+PROMISED = 5.0  # times as fast as the script
+
+HEAD = (
+    "", "images/s", "ms an image (20–80 %)", "× the script", "CPU ms", "by CPU time ×",
+    "detector", "image tower", "text tower", "rest",
+)  # fmt: skip
+
+
+def cells(row: Row, script: Row) -> list[str]:
+    """A row of the table."""
+    stages = [f"{milliseconds:.1f}" for milliseconds in row["split_ms"].values()]
+    return [
+        row["contender"],
+        f"{row['images_per_second']:.1f}",
+        f"{row['median_ms']:.1f} ({row['low_ms']:.1f}–{row['high_ms']:.1f})",
+        f"{script['median_ms'] / row['median_ms']:.1f}",
+        f"{row['cpu_ms']:.1f}",
+        f"{script['cpu_ms'] / row['cpu_ms']:.1f}",
+        *stages,
+    ]
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """The cells of every row."""
+    script = next(row for row in rows if row["contender"] == SCRIPT)
+    return [cells(row, script) for row in rows]
+
+
+def title(rows: Sequence[Row]) -> str:
+    """What the rows measure, in one line."""
+    row = rows[0]
+    regions, sentences = row["regions"] / row["images"], row["sentences"] / row["images"]
+    detector = f", {row['detector']}" if row["detector"] else ""
+    return (
+        f"local pairs of {row['images']} images{detector}: {regions:.1f} regions and "
+        f"{sentences:.1f} sentences each, float32"
+    )
+
+
+def footer(rows: Sequence[Row]) -> list[str]:
+    """Whether the promise is kept, and how to read the columns."""
+    ours, bfloat16, script = rows
+    times, processor = (script[key] / ours[key] for key in ("median_ms", "cpu_ms"))
+    kept = "kept" if times >= PROMISED else "not kept"
+    return [
+        f"Promised: {PROMISED:g} × the script's images a second. {kept}: {times:.1f} ×, and "
+        f"{processor:.1f} × by processor time.",
+        f"Same pairs, scores to {ours['parity']['scores']:.1g}; for "
+        f"{ours['parity']['other_regions']} of {ours['sentences']} sentences another region is as "
+        f"good, and was taken. With bfloat16 towers scores to {bfloat16['parity']['scores']:.1g}, "
+        f"and another region for {bfloat16['parity']['other_regions']}.",
+        "Last columns: ms an image in a run of its own; rest is reading, cropping, tokenising and "
+        "writing, as far as the towers wait for it.",
+    ]
