@@ -44,6 +44,13 @@ class Rival(NamedTuple):
     prepare: Callable[[], tuple[Callable[[], Any], Row]]
 
 
+def require_memory(needs: float) -> None:
+    """Raise Unavailable where so many bytes would exhaust the machine."""
+    has = available_memory()
+    if needs > has:
+        raise Unavailable(f"may need {needs / 1e9:.0f} GB, and {has / 1e9:.0f} GB are free")
+
+
 def available_memory() -> float:
     """Bytes that can be had without swapping, as far as the system says."""
     info = Path("/proc/meminfo")

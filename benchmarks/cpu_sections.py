@@ -7,7 +7,7 @@ section that multiplies in the same precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,12 +215,17 @@ NOTES = {
 
 def footer(rows: list[Row]) -> list[str]:
     """What must be known of the rows, and who is missing, and why."""
+    return remarks(rows, NOTES, lambda row: row["contender"])
+
+
+def remarks(rows: list[Row], notes: Mapping[str, str], called: Callable[[Row], str]) -> list[str]:
+    """The notes of the contenders that were measured, and why others were not; each line once."""
     lines = []
     for row in rows:
         name, status = row["contender"], row["status"]
-        if status == "ok" and name in NOTES:
-            lines.append(f"{name}: {NOTES[name]}")
+        if status == "ok" and name in notes:
+            lines.append(f"{name}: {notes[name]}")
         elif status != "ok":
             why = row["reason"] if status == "unavailable" else f"{status}: {row['reason']}"
-            lines.append(f"left out: {name}: {why}")
-    return lines
+            lines.append(f"left out: {called(row)}: {why}")
+    return list(dict.fromkeys(lines))

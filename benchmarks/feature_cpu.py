@@ -37,12 +37,11 @@ from typing import Any
 import torch
 
 from . import cpu_rows, feature_cpu_sections, feature_parity
-from .cpu_rows import CPU, Rival, Row, available_memory, require_right
+from .cpu_rows import CPU, Rival, Row, require_memory, require_right
 from .feature_cpu_sections import OURS
 from .feature_peers import FEATURE_PEERS
 from .feature_workloads import FeatureInputs, FeatureWorkload, build, make_inputs
 from .measure import forward_backward, measure_memory
-from .peers import Unavailable
 
 # Of the matrix of all logits in float32: the most that open_clip's losses hold at once, with a
 # little to spare. Who holds less than a matrix is not asked.
@@ -50,13 +49,9 @@ LOGIT_COPIES = 6
 HOLDS_NO_LOGITS = (OURS, "sentence-transformers cached")
 
 
-def require_memory(contender: str, work: FeatureWorkload) -> None:
-    """Raise Unavailable where a contender that holds all logits would exhaust the machine."""
-    if contender in HOLDS_NO_LOGITS:
-        return
-    needs, has = LOGIT_COPIES * 4 * work.batch**2, available_memory()
-    if needs > has:
-        raise Unavailable(f"may need {needs / 1e9:.0f} GB, and {has / 1e9:.0f} GB are free")
+def bytes_needed(contender: str, work: FeatureWorkload) -> float:
+    """What a contender that holds all logits may need."""
+    return 0 if contender in HOLDS_NO_LOGITS else LOGIT_COPIES * 4 * work.batch**2
 
 
 def prepare(
@@ -68,7 +63,7 @@ def prepare(
         Unavailable: it can not take part; the message says why.
         AssertionError: its results are wrong.
     """
-    require_memory(contender, work)
+    require_memory(bytes_needed(contender, work))
     way = build(contender, work, inputs)
     errors = feature_parity.measure(work, way, inputs)
     require_right(errors, feature_parity.limits(contender, work, CPU))

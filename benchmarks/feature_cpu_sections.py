@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .cpu_sections import verdict
+from .cpu_sections import remarks, verdict
 from .feature_peers import CLIP, FEATURE_PEERS, SIGMOID
 from .feature_workloads import COMPILED, FeatureWorkload, takes_part
 
@@ -91,12 +91,4 @@ NOTES = {peer.name: peer.note for peer in FEATURE_PEERS if peer.note}
 
 def footer(rows: list[Row]) -> list[str]:
     """What must be known of the rows, and who is missing, and why."""
-    lines = []
-    for row in rows:
-        name, status = row["contender"], row["status"]
-        if status == "ok" and name in NOTES:
-            lines.append(f"{name}: {NOTES[name]}")
-        elif status != "ok":
-            why = row["reason"] if status == "unavailable" else f"{status}: {row['reason']}"
-            lines.append(f"left out: {name}, {LOSSES[row['op']]}: {why}")
-    return lines
+    return remarks(rows, NOTES, lambda row: f"{row['contender']}, {LOSSES[row['op']]}")

@@ -39,7 +39,7 @@ import torch
 
 from . import cpu_rows, cpu_sections, parity
 from .cpu_peers import CPU_PEERS, limit_native_threads
-from .cpu_rows import CPU, Rival, Row, available_memory, require_right
+from .cpu_rows import CPU, Rival, Row, require_memory, require_right
 from .cpu_sections import Entrant, Section
 from .measure import forward_backward, measure_memory
 from .peers import Unavailable
@@ -51,15 +51,13 @@ NATIVE = {peer.name for peer in CPU_PEERS if peer.native}
 SIMILARITY_COPIES = 4.5
 
 
-def require_memory(entrant: Entrant) -> None:
-    """Raise Unavailable where a contender that holds all similarities would exhaust the machine."""
+def bytes_needed(entrant: Entrant) -> float:
+    """What a contender that holds all similarities may need."""
     if entrant.ours or entrant.contender in NATIVE:
-        return
+        return 0
     work = entrant.work
     similarities = work.images * work.texts * work.text_tokens * work.image_tokens
-    needs, has = SIMILARITY_COPIES * 4 * similarities, available_memory()
-    if needs > has:
-        raise Unavailable(f"may need {needs / 1e9:.0f} GB, and {has / 1e9:.0f} GB are free")
+    return SIMILARITY_COPIES * 4 * similarities
 
 
 def check(entrant: Entrant, errors: dict[str, float]) -> None:
@@ -76,7 +74,7 @@ def prepare(entrant: Entrant, inputs: Inputs) -> tuple[Callable[[], Any], Row]:
     Raises:
         Unavailable: it can not take part; the message says why.
     """
-    require_memory(entrant)
+    require_memory(bytes_needed(entrant))
     precision = "medium" if entrant.bfloat16 else "highest"
     work = entrant.work
     with float32_products(precision):

@@ -39,9 +39,8 @@ from typing import Any
 import torch
 
 from . import cpu_rows, pooling_parity, text_conditioned_cpu_sections
-from .cpu_rows import CPU, Rival, Row, available_memory, require_right
+from .cpu_rows import CPU, Rival, Row, require_memory, require_right
 from .measure import forward_backward, measure_memory
-from .peers import Unavailable
 from .pooling_workloads import PoolingInputs, PoolingWorkload, build, make_inputs
 from .text_conditioned_cpu_sections import OURS
 
@@ -50,14 +49,9 @@ from .text_conditioned_cpu_sections import OURS
 PAIR_COPIES = 12
 
 
-def require_memory(contender: str, work: PoolingWorkload) -> None:
-    """Raise Unavailable where a contender that holds all pairs would exhaust the machine."""
-    if contender == OURS:
-        return
-    pooled = 4 * work.images * work.columns * work.dim
-    needs, has = PAIR_COPIES * pooled, available_memory()
-    if needs > has:
-        raise Unavailable(f"may need {needs / 1e9:.0f} GB, and {has / 1e9:.0f} GB are free")
+def bytes_needed(contender: str, work: PoolingWorkload) -> float:
+    """What a contender that holds all pairs may need."""
+    return 0 if contender == OURS else PAIR_COPIES * 4 * work.images * work.columns * work.dim
 
 
 def prepare(
@@ -69,7 +63,7 @@ def prepare(
         Unavailable: it can not take part; the message says why.
         AssertionError: its results are wrong.
     """
-    require_memory(contender, work)
+    require_memory(bytes_needed(contender, work))
     way = build(contender, work, inputs)
     errors = pooling_parity.measure(work, way, inputs)
     require_right(errors, pooling_parity.limits(work, CPU))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .cpu_sections import verdict
+from .cpu_sections import remarks, verdict
 from .pooling_workloads import (
     ALL,
     COMPILED,
@@ -112,12 +112,4 @@ def tables(rows: list[Row]) -> list[list[list[str]]]:
 
 def footer(rows: list[Row]) -> list[str]:
     """What must be known of the rows, and who is missing, and why."""
-    lines = {}  # each once
-    for row in rows:
-        name, status = row["contender"], row["status"]
-        if status == "ok" and name in NOTES:
-            lines[f"{name}: {NOTES[name]}"] = None
-        elif status != "ok":
-            why = row["reason"] if status == "unavailable" else f"{status}: {row['reason']}"
-            lines[f"left out: {name}, {NEGATIVES[row['negatives']]}: {why}"] = None
-    return list(lines)
+    return remarks(rows, NOTES, lambda row: f"{row['contender']}, {NEGATIVES[row['negatives']]}")

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("rich", reason="rich is not installed (extra: bench)")
 
 from benchmarks import (
+    cpu_rows,
     feature_baselines,
     feature_cpu,
     feature_cpu_sections,
@@ -128,7 +129,7 @@ def test_every_round_runs_every_contender_once(monkeypatch):
 
 
 def test_who_would_exhaust_the_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr(feature_cpu, "available_memory", lambda: 1000.0)
+    monkeypatch.setattr(cpu_rows, "available_memory", lambda: 1000.0)
     ours, eager = feature_cpu.measure(tiny(OURS, "eager"), 1)
     assert ours["status"] == "ok"
     assert eager["status"] == "unavailable" and "GB are free" in eager["reason"]

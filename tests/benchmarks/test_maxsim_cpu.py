@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("rich", reason="rich is not installed (extra: bench)")
 
-from benchmarks import cpu_sections, maxsim_cpu, report, workloads
+from benchmarks import cpu_rows, cpu_sections, maxsim_cpu, report, workloads
 from benchmarks.cpu_peers import CPU_PEERS
 from benchmarks.cpu_sections import FORWARD_ONLY, Entrant, Section
 from benchmarks.peers import Peer, Unavailable
@@ -151,7 +151,7 @@ def test_bfloat16_products_have_their_own_tolerance_and_must_be_rounded(monkeypa
 
 
 def test_who_would_exhaust_the_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr(maxsim_cpu, "available_memory", lambda: 1000.0)
+    monkeypatch.setattr(cpu_rows, "available_memory", lambda: 1000.0)
     ours, eager = maxsim_cpu.measure(tiny_section("fastgoal torch", "eager amax"), 1)
     assert ours["status"] == "ok"
     assert eager["status"] == "unavailable" and "GB are free" in eager["reason"]

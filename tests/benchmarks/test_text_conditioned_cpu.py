@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("rich", reason="rich is not installed (extra: bench)")
 
-from benchmarks import report, text_conditioned_cpu, text_conditioned_cpu_sections
+from benchmarks import cpu_rows, report, text_conditioned_cpu, text_conditioned_cpu_sections
 from benchmarks.pooling_workloads import ALL, COMPILED, EAGER, PUBLISHED, SAMPLE, build
 from benchmarks.text_conditioned_cpu_sections import CONTENDERS, OURS, entrants
 
@@ -103,7 +103,7 @@ def test_a_rival_that_is_wrong_is_left_out_and_a_wrong_result_of_ours_raises(mon
 
 
 def test_who_would_exhaust_the_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr(text_conditioned_cpu, "available_memory", lambda: 1000.0)
+    monkeypatch.setattr(cpu_rows, "available_memory", lambda: 1000.0)
     ours, eager = text_conditioned_cpu.measure(tiny(OURS, EAGER), 1)
     assert ours["status"] == "ok"
     assert eager["status"] == "unavailable" and "GB are free" in eager["reason"]

@@ -5,47 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgoal_models import FastGoalBatch, FastGoalModel, collate
+from fastgoal_models import collate
 from fastgoal_models.checkpoints import CheckpointError, load_checkpoint
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.fast_goal_training import FastGoalTrainConfig
 from fastgoal_models.frozen import lock_towers
 from fastgoal_models.training import train
+from tests.models.small_models import deep_clip, random_items
 
-CONTEXT, LAYERS = 12, 3
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {
-        "image_size": 32, "layers": LAYERS, "width": 32, "head_width": 16, "patch_size": 16
-    },
-    "text_cfg": {"context_length": CONTEXT, "width": 8, "heads": 2, "layers": LAYERS},
-}  # fmt: skip
-
-
-def make_model(custom_text: bool = False) -> FastGoalModel:
-    torch.manual_seed(3)
-    return FastGoalModel.create(CLIP | {"custom_text": custom_text}, context_length=CONTEXT)
-
-
-def make_items(count: int = 6) -> list[FastGoalBatch]:
-    generator = torch.Generator().manual_seed(4)
-    items = []
-    for number in range(count):
-        text = torch.zeros(CONTEXT, dtype=torch.long)
-        text[:6] = torch.tensor([49406, *range(320 + number, 324 + number), 49407])
-        items.append(
-            FastGoalBatch(
-                images=torch.randn(3, 32, 32, generator=generator),
-                texts=text,
-                local_images=torch.randn(3, 32, 32, generator=generator),
-                local_texts=text,
-                boxes=torch.tensor([0.0, 0.0, 20.0, 10.0]),
-                image_sizes=torch.tensor([40, 20]),
-                spans=torch.tensor([1, 3]),
-                lengths=torch.tensor(6),
-            )
-        )
-    return items
+LAYERS = 3
 
 
 def make_config(out: Path, **changes) -> FastGoalTrainConfig:
@@ -77,21 +45,21 @@ SETTINGS = [(None, None), (0, None), (None, 0), (1, 0), (0, 2), (2, 1), (LAYERS,
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("image_blocks, text_blocks", SETTINGS)
 def test_what_is_locked_has_no_gradient(custom_text, image_blocks, text_blocks):
-    model = make_model(custom_text)
+    model = deep_clip(LAYERS, custom_text=custom_text)
     lock_towers(model, image_blocks, text_blocks)
     config = make_config(Path("run"))
-    sum(config.losses(model, collate(make_items())).values()).backward()
+    sum(config.losses(model, collate(random_items())).values()).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == trains(name, image_blocks, text_blocks), name
 
 
 @pytest.mark.parametrize("image_blocks, text_blocks", [(0, None), (1, 0), (2, 1)])
 def test_what_is_locked_stays_and_the_rest_moves(tmp_path, image_blocks, text_blocks):
-    model = make_model()
+    model = deep_clip(LAYERS)
     lock_towers(model, image_blocks, text_blocks)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = make_config(tmp_path, decay_all=True, weight_decay=0.5)
-    result = train(model, make_items(), config, device="cpu")
+    result = train(model, random_items(), config, device="cpu")
     saved = load_checkpoint(result.checkpoint)
     for name, tensor in saved.weights.items():
         assert torch.equal(tensor, before[name]) != trains(name, image_blocks, text_blocks), name
@@ -101,10 +69,10 @@ def test_what_is_locked_stays_and_the_rest_moves(tmp_path, image_blocks, text_bl
 
 def test_resumed_is_undisturbed(tmp_path):
     def run(out: str, **how) -> Path:
-        model = make_model()
+        model = deep_clip(LAYERS)
         lock_towers(model, 1, 0)
         config = make_config(tmp_path / out, save_every=1, keep=None)
-        return train(model, make_items(), config, device="cpu", **how).checkpoint
+        return train(model, random_items(), config, device="cpu", **how).checkpoint
 
     whole = load_checkpoint(run("a"))
     resumed = load_checkpoint(run("b", resume=tmp_path / "a/checkpoints/step-00000002"))
@@ -114,11 +82,17 @@ def test_resumed_is_undisturbed(tmp_path):
 
 def test_another_setting_is_not_resumed(tmp_path):
     """Even where nobody noted it: the optimizer's state is of other parameters."""
-    model = make_model()
+    model = deep_clip(LAYERS)
     lock_towers(model, 1, 0)
-    train(model, make_items(), make_config(tmp_path, steps=2), device="cpu")
+    train(model, random_items(), make_config(tmp_path, steps=2), device="cpu")
     with pytest.raises(CheckpointError, match="does not fit this model"):
-        train(make_model(), make_items(), make_config(tmp_path, steps=2), device="cpu", resume=True)
+        train(
+            deep_clip(LAYERS),
+            random_items(),
+            make_config(tmp_path, steps=2),
+            device="cpu",
+            resume=True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +104,7 @@ def test_another_setting_is_not_resumed(tmp_path):
     ],
 )
 def test_settings_that_make_no_sense(image_blocks, text_blocks, words):
-    model = make_model()
+    model = deep_clip(LAYERS)
     with pytest.raises(ConfigError, match=words):
         lock_towers(model, image_blocks, text_blocks)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -6,50 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgoal_models import FastGoalBatch, FastGoalModel, collate
+from fastgoal_models import FastGoalModel, collate
 from fastgoal_models.checkpoints import CheckpointError, load_checkpoint
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.fast_goal_training import FastGoalTrainConfig
 from fastgoal_models.lora import LoraAdapters, LoraError, check_lora
 from fastgoal_models.training import train
+from tests.models.small_models import deep_clip, random_items
 
 pytest.importorskip("peft")
 
-CONTEXT, LAYERS, RANK = 12, 2, 3
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {
-        "image_size": 32, "layers": LAYERS, "width": 32, "head_width": 16, "patch_size": 16
-    },
-    "text_cfg": {"context_length": CONTEXT, "width": 8, "heads": 2, "layers": LAYERS},
-}  # fmt: skip
+LAYERS, RANK = 2, 3
 ADAPTED = ("attn.in_proj_weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-def make_model(custom_text: bool = False) -> FastGoalModel:
-    torch.manual_seed(3)
-    return FastGoalModel.create(CLIP | {"custom_text": custom_text}, context_length=CONTEXT)
-
-
-def make_items(count: int = 6) -> list[FastGoalBatch]:
-    generator = torch.Generator().manual_seed(4)
-    items = []
-    for number in range(count):
-        text = torch.zeros(CONTEXT, dtype=torch.long)
-        text[:6] = torch.tensor([49406, *range(320 + number, 324 + number), 49407])
-        items.append(
-            FastGoalBatch(
-                images=torch.randn(3, 32, 32, generator=generator),
-                texts=text,
-                local_images=torch.randn(3, 32, 32, generator=generator),
-                local_texts=text,
-                boxes=torch.tensor([0.0, 0.0, 20.0, 10.0]),
-                image_sizes=torch.tensor([40, 20]),
-                spans=torch.tensor([1, 3]),
-                lengths=torch.tensor(6),
-            )
-        )
-    return items
 
 
 def make_config(out: Path, **changes) -> FastGoalTrainConfig:
@@ -59,7 +27,7 @@ def make_config(out: Path, **changes) -> FastGoalTrainConfig:
 
 
 def loss_of(model: FastGoalModel) -> torch.Tensor:
-    return sum(make_config(Path("run")).losses(model, collate(make_items())).values())
+    return sum(make_config(Path("run")).losses(model, collate(random_items())).values())
 
 
 def shake(model: FastGoalModel) -> None:
@@ -77,7 +45,7 @@ def plain(name: str) -> str:
 
 
 def test_at_first_nothing_changes():
-    model = make_model()
+    model = deep_clip(LAYERS)
     wanted = loss_of(model)
     LoraAdapters(model, RANK)
     assert torch.equal(loss_of(model), wanted)
@@ -87,11 +55,11 @@ def test_at_first_nothing_changes():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_merged_weights(custom_text, checkpointing):
     """dL/dB = dL/dW A^T and dL/dA = B^T dL/dW, with dL/dW from a model of the merged weights."""
-    model = make_model(custom_text)
+    model = deep_clip(LAYERS, custom_text=custom_text)
     adapters = LoraAdapters(model, RANK)
     shake(model)
     model.set_grad_checkpointing(checkpointing)
-    merged = make_model(custom_text)
+    merged = deep_clip(LAYERS, custom_text=custom_text)
     merged.load_state_dict(adapters.merged())
     loss, wanted = loss_of(model), loss_of(merged)
     torch.testing.assert_close(loss, wanted)
@@ -118,17 +86,17 @@ def test_gradients_are_those_of_the_merged_weights(custom_text, checkpointing):
 
 
 def test_the_model_s_own_weights_stay_and_the_checkpoint_is_a_plain_model(tmp_path):
-    before = make_model().state_dict()
-    model = make_model()
+    before = deep_clip(LAYERS).state_dict()
+    model = deep_clip(LAYERS)
     adapters = LoraAdapters(model, RANK)
-    result = train(model, make_items(), make_config(tmp_path), device="cpu", adapters=adapters)
+    result = train(model, random_items(), make_config(tmp_path), device="cpu", adapters=adapters)
     for name, tensor in model.state_dict().items():
         if ".lora_" not in name and not name.endswith("logit_scale"):
             assert torch.equal(tensor, before[name.replace(".base_layer", "")]), name
     saved = load_checkpoint(result.checkpoint)
     changed = {name for name in before if not torch.equal(before[name], saved.weights[name])}
     assert changed == {n for n in before if n.endswith((*ADAPTED, "logit_scale"))}
-    loaded = make_model()
+    loaded = deep_clip(LAYERS)
     loaded.load_state_dict(saved.weights)
     torch.testing.assert_close(loss_of(loaded), loss_of(model))
     number = 2 * 2 * LAYERS * len(ADAPTED) + 1  # A and B, two towers; the scale
@@ -139,10 +107,12 @@ def test_the_model_s_own_weights_stay_and_the_checkpoint_is_a_plain_model(tmp_pa
 @pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}])
 def test_resumed_is_undisturbed_bit_for_bit(tmp_path, changes):
     def run(out: str, **how) -> Path:
-        model = make_model()
+        model = deep_clip(LAYERS)
         adapters = LoraAdapters(model, RANK)
         config = make_config(tmp_path / out, save_every=1, keep=None, **changes)
-        return train(model, make_items(), config, device="cpu", adapters=adapters, **how).checkpoint
+        return train(
+            model, random_items(), config, device="cpu", adapters=adapters, **how
+        ).checkpoint
 
     whole = load_checkpoint(run("a"))
     resumed = load_checkpoint(run("b", resume=tmp_path / "a/checkpoints/step-00000002"))
@@ -153,25 +123,25 @@ def test_resumed_is_undisturbed_bit_for_bit(tmp_path, changes):
 
 
 def test_adapters_of_other_weights_are_refused(tmp_path):
-    model = make_model()
+    model = deep_clip(LAYERS)
     adapters = LoraAdapters(model, RANK)
-    train(model, make_items(), make_config(tmp_path), device="cpu", adapters=adapters)
-    other = make_model()
+    train(model, random_items(), make_config(tmp_path), device="cpu", adapters=adapters)
+    other = deep_clip(LAYERS)
     with torch.no_grad():
         other.clip.visual.proj.add_(1e-3)
     with pytest.raises(CheckpointError, match="trained beside other weights"):
         train(
-            other, make_items(), make_config(tmp_path), device="cpu", resume=True,
+            other, random_items(), make_config(tmp_path), device="cpu", resume=True,
             adapters=LoraAdapters(other, RANK),
         )  # fmt: skip
-    plain_model = make_model()
+    plain_model = deep_clip(LAYERS)
     with pytest.raises(CheckpointError, match="does not fit this model"):
-        train(plain_model, make_items(), make_config(tmp_path), device="cpu", resume=True)
+        train(plain_model, random_items(), make_config(tmp_path), device="cpu", resume=True)
 
 
 def test_the_seed_decides_alone():
     def a_of(seed: int) -> torch.Tensor:
-        model = make_model()
+        model = deep_clip(LAYERS)
         torch.manual_seed(int(torch.randint(9, ())))
         LoraAdapters(model, RANK, seed)
         return next(p for n, p in model.named_parameters() if "lora_A" in n)
@@ -180,11 +150,11 @@ def test_the_seed_decides_alone():
 
 
 def test_a_moving_average_is_refused(tmp_path):
-    model = make_model()
+    model = deep_clip(LAYERS)
     adapters = LoraAdapters(model, RANK)
     config = make_config(tmp_path, ema=0.5)
     with pytest.raises(ConfigError, match="ema does not go with adapters"):
-        train(model, make_items(), config, device="cpu", adapters=adapters)
+        train(model, random_items(), config, device="cpu", adapters=adapters)
 
 
 def test_refusals(monkeypatch):
