@@ -87,7 +87,7 @@ class Negatives(str, Enum):
 
 
 class Resize(str, Enum):
-    crop = "crop"
+    own = "own"
     squash = "squash"
 
 
@@ -110,6 +110,15 @@ PrecisionOption = Annotated[
 SeedOption = Annotated[int, typer.Option(min=0, help="Weights (if random) and data order.")]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")
+]
+EmaOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Keep a moving average of the weights with this decay, e.g. 0.999: what is evaluated, "
+        "and what is loaded of the run.",
+    ),
 ]
 TensorBoardOption = Annotated[
     bool, typer.Option("--tensorboard", help="Also write curves below --out for TensorBoard.")
@@ -311,6 +320,7 @@ def train_fast_goal(
         ),
     ] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Default: the preset's.")] = None,
+    ema: EmaOption = None,
     unlocked_image_blocks: Annotated[
         int | None,
         typer.Option(
@@ -434,9 +444,7 @@ def train_caft(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Default: the preset's.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Default: the preset's.")] = None,
-    ema: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Keep a moving average of the weights.")
-    ] = None,
+    ema: EmaOption = None,
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints. Default: only at the end.")
     ] = None,
@@ -615,8 +623,12 @@ def evaluate(
         typer.Option(help="CLIP: global, maxsim. CAFT: whole, blended, reranked."),
     ] = None,
     resize: Annotated[
-        Resize, typer.Option(help="crop: as published figures are made; squash: as we train.")
-    ] = Resize.crop,
+        Resize,
+        typer.Option(
+            help="own: as the model's own evaluation and published figures, CLIP's is a centre "
+            "crop; squash: as we train."
+        ),
+    ] = Resize.own,
     published: Annotated[
         bool, typer.Option("--published", help="CAFT: cut captions as the published code does.")
     ] = False,

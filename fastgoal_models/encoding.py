@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import image_transform
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
@@ -23,27 +23,27 @@ from .errors import ConfigError
 from .fast_goal import FastGoalModel
 from .glit import GlitError, image_tensor, load_image
 
-RESIZES = ("crop", "squash")
+RESIZES = ("own", "squash")
 
 Transform = Callable[[Image.Image], Tensor]
 Progress = Callable[[int], None]
 """is called with how many more are done"""
 
 
-def pixels_for(image_size: int, resize: str = "crop") -> Transform:
-    """From a picture to (3, S, S), normalised as CLIP's.
+def pixels_for(preprocess: PreprocessCfg, resize: str = "own") -> Transform:
+    """From a picture to (3, S, S) float32, normalised as the model wants it.
 
-    "crop" scales the shorter side and cuts out the centre, as CLIP's own evaluation does and
-    published figures are made; "squash" is what our training does. Raises ConfigError.
+    "own" is what open_clip does to evaluate such a model, and published figures are made with: for
+    CLIP it scales the shorter side and cuts out the centre. "squash" is what our training does.
+    Raises ConfigError.
     """
     if resize not in RESIZES:
         raise ConfigError(f"resize must be one of {RESIZES}; got {resize!r}")
     if resize == "squash":
-        return lambda image: image_tensor(image, image_size)
-    crop: Any = image_transform(
-        image_size, is_train=False, resize_mode="shortest", interpolation="bicubic"
-    )
-    return crop
+        size, mean, std = preprocess.size, preprocess.mean, preprocess.std
+        return lambda image: image_tensor(image, size, mean, std)
+    own: Any = image_transform_v2(preprocess, is_train=False)
+    return own
 
 
 @dataclass
@@ -97,7 +97,7 @@ def encode_pictures(
     model: FastGoalModel,
     paths: Sequence[Path],
     *,
-    resize: str = "crop",
+    resize: str = "own",
     batch_size: int = 64,
     device: torch.device | str | None = None,
     tokens: bool = False,
@@ -109,7 +109,7 @@ def encode_pictures(
     """
     device = next(model.parameters()).device if device is None else torch.device(device)
     found, parts = Pictures(), []
-    transform = pixels_for(model.image_size, resize)
+    transform = pixels_for(model.preprocess, resize)
     for batch in batches_of_pictures(paths, transform, batch_size, found, progress):
         if tokens:
             _, patches = model.image_tokens(batch.to(device))

@@ -52,7 +52,7 @@ class EvalOptions:
     classes: Path | None = None
     trained_on: tuple[Path, ...] = ()
     score: str | None = None
-    resize: str = "crop"
+    resize: str = "own"
     published: bool = False
     context_length: int | None = None
     batch_size: int = 64

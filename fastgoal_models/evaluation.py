@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from fastgoal_kernels import maxsim_topk
@@ -101,7 +102,7 @@ def evaluate_set(
     *,
     score: str | None = None,
     ks: Sequence[int] | None = None,
-    resize: str = "crop",
+    resize: str = "own",
     published: bool = False,
     batch_size: int = 64,
     show: int = 0,
@@ -115,7 +116,7 @@ def evaluate_set(
         score: of a CLIP "global" (the cosine of whole features) or "maxsim" (of every word with
             every patch); of a CAFT "whole", "blended" or "reranked".
         ks: default: those that papers report for the set.
-        resize: "crop", as published figures are made, or "squash".
+        resize: "own", as published figures are made, or "squash" (`encoding.pixels_for`).
         published: cut captions for a CAFT as the published code does.
         batch_size: images, and captions, encoded at once.
         show: of a CLIP also keep this many best images of every caption, in `found`.
@@ -219,9 +220,8 @@ def _caft(
             if progress is not None:
                 progress(len(batch))
 
-    pictures = batches_of_pictures(
-        paths, pixels_for(model.config.image_size, resize), batch_size, found, progress
-    )
+    transform = pixels_for(PreprocessCfg(model.config.image_size), resize)
+    pictures = batches_of_pictures(paths, transform, batch_size, found, progress)
     every, places = _captions(captioned, None)
     rows, truncated = caft_rows(model, every, published)
     features = encode(model, pictures, counted(rows.split(batch_size)))
@@ -312,7 +312,7 @@ def joint_precision(
     records: Sequence[GlitRecord],
     at: int = 10,
     batch_size: int = 64,
-    resize: str = "crop",
+    resize: str = "own",
 ) -> JointPrecision:
     """GOAL's mAP@10: pictures and their regions together against captions and sentences together.
 
@@ -324,7 +324,7 @@ def joint_precision(
     with_pairs = [record for record in records if record.pairs]
     if not with_pairs:
         raise ConfigError("no record has a local pair. Fix: fastgoal prepare")
-    device, transform = next(model.parameters()).device, pixels_for(model.image_size, resize)
+    device, transform = next(model.parameters()).device, pixels_for(model.preprocess, resize)
     wholes, regions = [], []
     for start in range(0, len(with_pairs), batch_size):
         images = [(load_image(r.image), r.pairs[0].box) for r in with_pairs[start:][:batch_size]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +13,14 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.factory import load_state_dict
-from open_clip.model import resize_pos_embed
+from open_clip.model import resize_pos_embed, set_model_preprocess_cfg
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from fastgoal_kernels import region_mean, span_mean
 
 from .positional import KEPT_POSITIONS, stretch_positional_embedding
+from .preprocessing import Normalisation, preprocess_of, unlike_clip
 
 DEMO_CONFIG = Path(__file__).with_name("configs") / "demo.json"
 """A CLIP small enough to train on two CPU cores, in open_clip's JSON layout; no weights."""
@@ -60,9 +62,11 @@ class FastGoalModel(nn.Module):
     (`stretch_positional_embedding`); positions of that length already are left alone.
 
     Attributes: `clip`; `tokenizer`, CLIP's BPE with this context; `context_length`; `image_size`,
-    the side S in pixels; `grid_size`, patches down and across.
+    the side S in pixels; `grid_size`, patches down and across; `preprocess`, open_clip's
+    `PreprocessCfg` of its pictures, and `normalisation`, the mean and std of it.
 
-    Raises TypeError or ValueError, naming it, for a tower whose tokens do not fit the method.
+    Raises TypeError or ValueError, naming it, for a tower whose tokens do not fit the method;
+    ValueError for a `preprocess_cfg` that makes no sense.
     """
 
     def __init__(self, clip: open_clip.CLIP, context_length: int = 248) -> None:
@@ -71,6 +75,7 @@ class FastGoalModel(nn.Module):
         self.clip = clip
         self.context_length = context_length
         self.tokenizer = _tokenizer(context_length)
+        self.preprocess = preprocess_of(getattr(clip.visual, "preprocess_cfg", {}), self.image_size)
         _stretch_text(clip, context_length)
 
     @classmethod
@@ -86,7 +91,9 @@ class FastGoalModel(nn.Module):
         `pretrained` is one of open_clip's tags for that name, or a weights file of this
         architecture: plain CLIP weights, which are stretched, or weights of the context length
         itself, which are not. Without it the weights are random. QuickGELU is used where a tag's
-        weights were trained with it. Image positions are interpolated for another `image_size`.
+        weights were trained with it, and pictures are normalised as a tag says, or the
+        configuration's `preprocess_cfg`, else as CLIP's. Image positions are interpolated for
+        another `image_size`.
         """
         weights = None
         if pretrained is not None and Path(pretrained).is_file():
@@ -95,6 +102,7 @@ class FastGoalModel(nn.Module):
         if isinstance(model, str) and not model.endswith(".json"):
             tag = str(pretrained) if pretrained is not None and weights is None else None
             tag_config = open_clip.get_pretrained_cfg(model, tag) if tag else {}
+            _check_family(model, open_clip.get_model_config(model) or {})
             clip = open_clip.create_model(
                 model,
                 pretrained=tag,
@@ -115,6 +123,16 @@ class FastGoalModel(nn.Module):
     def image_size(self) -> int:
         """The side of the square input in pixels, S."""
         return self._visual.image_size[0]
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What its pictures are normalised by."""
+        return Normalisation(self.preprocess.mean, self.preprocess.std)
+
+    def extra_repr(self) -> str:
+        # What features depend on is what the repr tells: an index is of one of them.
+        unlike = unlike_clip(self.preprocess)
+        return f"preprocess={unlike}" if unlike else ""
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -245,6 +263,27 @@ def _text_tower(clip: nn.Module) -> Any:
     return clip.text if isinstance(clip, open_clip.CustomTextCLIP) else clip
 
 
+def _check_family(name: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a model whose towers or tokenizer are not open_clip's own.
+
+    From the configuration: weights of gigabytes are not downloaded first.
+    """
+    vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
+    foreign = {
+        "an image tower of timm's, whose patch tokens are not read here": vision.get(
+            "timm_model_name"
+        ),
+        "a text tower of Hugging Face's": text.get("hf_model_name"),
+        "a tokenizer of its own, where captions are cut by CLIP's": text.get("hf_tokenizer_name"),
+    }
+    found = [f"{what} ({which})" for what, which in foreign.items() if which]
+    if found:
+        raise ValueError(
+            f"{name} has {' and '.join(found)}. Fix: a model with open_clip's own ViT and CLIP's "
+            "tokenizer, e.g. ViT-B-16 or ViT-L-14"
+        )
+
+
 def _check_towers(clip: Any) -> None:
     if not isinstance(clip, (open_clip.CLIP, open_clip.CustomTextCLIP)):
         raise TypeError(
@@ -310,13 +349,18 @@ def _stretch_text(clip: Any, context_length: int) -> None:
 
 def _from_config(config: Any, image_size: int | None) -> nn.Module:
     settings = dict(config)
+    _check_family("the configuration", settings)
     custom_text = settings.pop("custom_text", False)
-    for not_ours in ("model_cfg", "preprocess_cfg", "multimodal_cfg"):
+    preprocess = settings.pop("preprocess_cfg", {})
+    for not_ours in ("model_cfg", "multimodal_cfg"):
         if not_ours in settings:
             raise ValueError(f"the configuration's {not_ours!r} is not that of a plain CLIP")
     if image_size is not None:
         settings["vision_cfg"] = dict(settings["vision_cfg"]) | {"image_size": image_size}
-    return (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**settings)
+    clip: Any = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**settings)
+    side = settings["vision_cfg"].get("image_size", 224)
+    set_model_preprocess_cfg(clip, asdict(preprocess_of(preprocess, side)))  # as open_clip's own
+    return clip
 
 
 def _clip_weights(path: Path) -> dict[str, Tensor]:

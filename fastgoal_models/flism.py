@@ -22,6 +22,7 @@ from .detectors import Detection, Detector
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
 from .glit import Box, GlitRecord, LocalPair, crop_region, image_tensor, load_image
+from .preprocessing import CLIP_NORMALISATION, Normalisation
 
 
 class Encoder(Protocol):
@@ -98,6 +99,7 @@ def match_pairs(
     *,
     tokenizer: SimpleTokenizer | None = None,
     image_size: int | None = None,
+    normalisation: Normalisation | None = None,
     detector: Detector | None = None,
     rules: RegionRules | None = None,
     batch_size: int = 64,
@@ -107,17 +109,17 @@ def match_pairs(
     """Give each sentence its most similar region: the records anew, their pairs best first.
 
     Regions (squashed crops) and sentences are embedded in batches; similarity is the cosine. Of
-    equal scores the region, then the sentence, that comes first wins. `tokenizer` and `image_size`
-    default to the model's own, `device` to where the model is. The model's training mode is put
-    back afterwards.
+    equal scores the region, then the sentence, that comes first wins. `tokenizer`, `image_size` and
+    `normalisation` default to the model's own (the last to CLIP's where it has none), `device` to
+    where the model is. The model's training mode is put back afterwards.
 
     For sets that do not fit in memory, or take longer than one sitting: `fastgoal prepare`.
 
     Raises GlitError, naming it, for a picture that can not be read.
     """
     matcher = Matcher(
-        model, tokenizer=tokenizer, image_size=image_size, detector=detector,
-        rules=rules or RegionRules(), batch_size=batch_size, device=device,
+        model, tokenizer=tokenizer, image_size=image_size, normalisation=normalisation,
+        detector=detector, rules=rules or RegionRules(), batch_size=batch_size, device=device,
     )  # fmt: skip
     module = model if isinstance(model, nn.Module) else nn.Module()
     was_training = module.training
@@ -151,6 +153,7 @@ class Matcher:
         *,
         tokenizer: SimpleTokenizer | None = None,
         image_size: int | None = None,
+        normalisation: Normalisation | None = None,
         detector: Detector | None = None,
         rules: RegionRules,
         batch_size: int = 64,
@@ -161,6 +164,9 @@ class Matcher:
         self.model, self.detector, self.rules = model, detector, rules
         self.tokenizer: SimpleTokenizer = tokenizer or _own(model, "tokenizer")
         self.image_size: int = image_size or _own(model, "image_size")
+        self.normalisation: Normalisation = normalisation or getattr(
+            model, "normalisation", CLIP_NORMALISATION
+        )
         self.batch_size = batch_size
         if device is None:
             weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
@@ -208,7 +214,7 @@ class Matcher:
             for image, boxes in zip(images, found, strict=True)
         ]
         crops = pool.map(
-            lambda cut: image_tensor(crop_region(*cut), self.image_size),
+            lambda cut: image_tensor(crop_region(*cut), self.image_size, *self.normalisation),
             [(image, r.box) for image, some in zip(images, regions, strict=True) for r in some],
         )
         v = self._encode(self.model.encode_image, list(crops))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
@@ -45,8 +44,8 @@ class LoadedFastGoal(NamedTuple):
 def architecture(model: str, pretrained: str | None) -> dict[str, Any]:
     """The configuration, in open_clip's JSON layout, of the model that these two words name.
 
-    Raises ConfigError for a name that open_clip does not know, a file that is not there or no
-    model's, and a tag whose weights want pictures that are normalised in another way than CLIP's.
+    Raises ConfigError for a name that open_clip does not know, and a file that is not there or no
+    model's.
     """
     if model.endswith(".json"):
         try:
@@ -66,14 +65,6 @@ def architecture(model: str, pretrained: str | None) -> dict[str, Any]:
     known = open_clip.get_pretrained_cfg(model, tag) if tag else {}
     if known.get("quick_gelu"):
         config["quick_gelu"] = True  # as the tag's weights want it
-    if any(
-        known.get(name, usual) != usual
-        for name, usual in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD))
-    ):
-        raise ConfigError(
-            f"the weights {tag!r} of {model} want pictures normalised otherwise than CLIP's, which "
-            "is not done here. Fix: other weights"
-        )
     return config
 
 

@@ -87,7 +87,7 @@ def sentence_maps(
         pixels = image_tensor(load_image(record.image), model.config.image_size).to(device)
         maps = caft_maps(model, pixels, text_rows(words, model.tokenizer).to(device))
         return list(maps.attention)
-    pixels = image_tensor(load_image(record.image), model.image_size)
+    pixels = image_tensor(load_image(record.image), model.image_size, *model.normalisation)
     features = model.encode_text(model.tokenizer(words).to(device))
     _, patches = model.image_tokens(pixels[None].to(device))
     patches = F.normalize(model.project_patches(patches[0]), dim=-1)

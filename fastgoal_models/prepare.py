@@ -39,6 +39,7 @@ from .glit import (
     parse_line,
     to_row,
 )
+from .preprocessing import CLIP_NORMALISATION
 
 PART = 256  # lines
 _DECODERS = min(8, os.cpu_count() or 1)
@@ -159,6 +160,8 @@ def prepare(
         "detector": None if matcher.detector is None else matcher.detector.identity(),
         "batch_size": matcher.batch_size, "bfloat16": matcher.autocast, **(identity or {}),
     }  # fmt: skip
+    if matcher.normalisation != CLIP_NORMALISATION:  # older files do not say, and had no other
+        provenance["normalisation"] = matcher.normalisation._asdict()
     name = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
     folder, beside = _beside(out, ".parts"), _beside(out, ".provenance.json")
     if (finished := _finished(out, beside, name)) is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def make_index(
 
 
 def identity_of(model: FastGoalModel) -> str:
-    """What features depend on: the weights, and what weights do not tell, heads and activation."""
+    """What features depend on: the weights, and what they do not tell: heads, activation, mean …"""
     shape = repr(model).encode()
     return f"{tensors_digest(model.state_dict())}-{hashlib.sha256(shape).hexdigest()[:8]}"
 
@@ -148,7 +149,7 @@ def search_index(
         raise ConfigError("the query has no words")
     if identity_of(model) != index.weights:
         raise ConfigError(
-            "the index was made by a model with other weights. Fix: make it anew with "
+            "the index was made by a model with other weights or settings. Fix: make it anew with "
             "`fastgoal embed`"
         )
     text, _ = encode_captions(model, [query])
@@ -194,9 +195,8 @@ def search_with_caft(
         raise ConfigError("the query has no words")
     found = Pictures()
 
-    pictures = batches_of_pictures(
-        paths, pixels_for(model.config.image_size), batch_size, found, progress
-    )
+    transform = pixels_for(PreprocessCfg(model.config.image_size))
+    pictures = batches_of_pictures(paths, transform, batch_size, found, progress)
     rows, _ = caft_rows(model, [query])
     features = encode(model, pictures, [rows], keep_on=model.logit_scale.device)
     scores = hierarchical_scores(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .errors import ConfigError
+from .fonts import save_figure, wrap
 from .glit import load_image
 from .search import Hit
 
@@ -41,7 +41,7 @@ def draw_sheet(
     check_ending(path)
     rows = -(-len(hits) // _COLUMNS)
     columns = min(_COLUMNS, max(len(hits), 1))
-    lines = textwrap.wrap(query, 26 * columns)
+    lines = wrap(query, 26 * columns)
     if len(lines) > _LINES:
         lines = [*lines[: _LINES - 1], f"{lines[_LINES - 1][:-2]} …"]
     top = 0.3 + 0.2 * len(lines)
@@ -62,5 +62,4 @@ def draw_sheet(
         axis.set_title(title, fontsize=8, parse_math=False)  # a $ is a dollar
         for spine in axis.spines.values():
             spine.set(color=colour, linewidth=1 if right is None else 4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

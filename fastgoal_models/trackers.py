@@ -118,7 +118,8 @@ class WeightsAndBiases:
 def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
     """A record's numbers by name, what was not measured left out."""
     if isinstance(record, EvalRecord):
-        return {f"eval/{name}": value for name, value in record.values.items()}
+        group = "eval_average" if record.averaged else "eval"
+        return {f"{group}/{name}": value for name, value in record.values.items()}
     row = record._asdict()
     losses = row.pop("losses")
     del row["step"], row["total_steps"]
@@ -155,8 +156,9 @@ def watched(console: Console, others: Sequence[Tracker]) -> Iterator[Tell]:
 
 def _print_evaluation(console: Console, record: EvalRecord) -> None:
     values = "  ".join(f"{name} {value:.4g}" for name, value in record.values.items())
+    what = " of the moving average" if record.averaged else ""
     console.print(
-        f"evaluation at step {record.step}/{record.total_steps}  {values}",
+        f"evaluation{what} at step {record.step}/{record.total_steps}  {values}",
         highlight=False,
         soft_wrap=True,
     )

@@ -26,6 +26,7 @@ from .glit_shards import ShardRecord, load_from_shard, read_glit_shards
 from .loading import LoadedFastGoal, architecture, load_fast_goal
 from .lora import LoraAdapters, check_lora
 from .options import records_digest, tensors_digest
+from .preprocessing import unlike_clip
 from .trackers import trackers, watched
 from .train_evaluation import retrieval_evaluation
 from .training import TrainingError, TrainResult, train, uses_bf16
@@ -211,7 +212,7 @@ def _identity(loaded: LoadedFastGoal, options: TrainOptions) -> dict[str, Any]:
         return {
             "model": options.model,
             "pretrained": options.pretrained,
-            "architecture": architecture(options.model, options.pretrained),
+            "architecture": _architecture(loaded.model, options),
             **context,
         }
     # The run may have gone on since, or its folder been moved: what counts is what was in it.
@@ -222,6 +223,13 @@ def _identity(loaded: LoadedFastGoal, options: TrainOptions) -> dict[str, Any]:
         "initial_weights": tensors_digest(loaded.model.state_dict()),
         **context,
     }
+
+
+def _architecture(model: FastGoalModel, options: TrainOptions) -> dict[str, Any]:
+    """The model's configuration, and how it wants its pictures, where that is not as CLIP's."""
+    config = architecture(options.model, options.pretrained)
+    unlike = unlike_clip(model.preprocess)
+    return config | ({"preprocess_cfg": unlike} if unlike else {})
 
 
 def _match_where_missing(
@@ -258,6 +266,7 @@ def _dataset(
             model.tokenizer,
             model.image_size,
             model.context_length,
+            model.normalisation,
             sampling=options.pairs,
             top_k=options.top_k,
             seed=config.seed,

@@ -174,6 +174,7 @@ class EvalRecord(NamedTuple):
     score: float  # decides which is best
     values: dict[str, float]  # all that was measured, by name
     seconds: float
+    averaged: bool = False  # of the moving average of the weights; not compared with the others
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ def train(
     """Train `model` in place; write `log.jsonl` and `checkpoints/` below `config.out`.
 
     With an evaluation also `eval.jsonl`, and with `config.keep_best` `best.json`, which names the
-    checkpoint of the best score. The weights are the same to the bit as without.
+    checkpoint of the best score. The weights are the same to the bit as without. Where a moving
+    average is kept (`config.ema`), it is what is evaluated, and what is loaded of the checkpoint.
 
     Ctrl-C lets the current step finish, saves, and returns with `interrupted=True` (a second one
     stops at once, without saving).
@@ -354,8 +356,10 @@ def train(
                 on_step(record)
             is_best = False
             if judge is not None and (done == total or _due(done, config.eval_every)):
+                # The average is a model of its own, so that the weights that train stay untouched.
+                judged = model if average is None else average.module
                 with _undisturbed(device):
-                    is_best = judge.look(model, done, total, on_eval)
+                    is_best = judge.look(judged, done, total, on_eval)
                 began = time.perf_counter()
             stop = interrupted.is_set()
             if stop or is_best or done == total or _due(done, config.save_every):
@@ -399,6 +403,7 @@ class _Judge:
 
     def __init__(self, evaluation: Evaluation, config: TrainConfig) -> None:
         self.evaluation, self.config = evaluation, config
+        self.averaged = config.ema is not None
         self.folder = config.out / "checkpoints"
         self.best: EvalRecord | None = None
         if config.keep_best:
@@ -419,7 +424,7 @@ class _Judge:
         began = time.perf_counter()
         score, values = self.evaluation.measure(model)
         seconds = time.perf_counter() - began
-        record = EvalRecord(step, total, self.evaluation.of, score, values, seconds)
+        record = EvalRecord(step, total, self.evaluation.of, score, values, seconds, self.averaged)
         with (self.config.out / "eval.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record._asdict()) + "\n")
             file.flush()
@@ -437,9 +442,8 @@ class _Judge:
         write_text_atomically(self.config.out / "best.json", json.dumps(told, indent=1) + "\n")
 
     def _compare(self, record: EvalRecord) -> bool:
-        is_best = record.of == self.evaluation.of and (
-            self.best is None or record.score > self.best.score
-        )
+        comparable = (record.of, record.averaged) == (self.evaluation.of, self.averaged)
+        is_best = comparable and (self.best is None or record.score > self.best.score)
         if is_best:
             self.best = record
         return is_best

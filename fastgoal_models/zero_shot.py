@@ -72,7 +72,7 @@ def classify(
     model: FastGoalModel,
     classes: dict[str, list[Path]],
     *,
-    resize: str = "crop",
+    resize: str = "own",
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Classified:

@@ -6,7 +6,6 @@ level above. What a level's tokens weigh is carried down to the cells by those s
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
+from ..fonts import save_figure, wrap
 from .model import Caft
 from .vision import Hierarchy
 
@@ -110,10 +110,9 @@ def draw_caft(picture: Image.Image, captions: Sequence[str], maps: CaftMaps, pat
     brightest = float(maps.attention.max())
     for axis, caption, attention in zip(axes[1], captions, maps.attention, strict=False):
         _overlay(axis, grey, attention, brightest)
-        lines = textwrap.wrap(caption, _TEXT_WIDTH, max_lines=4, placeholder=" …")
-        axis.set_title("\n".join(lines), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+        lines = wrap(caption, _TEXT_WIDTH, max_lines=4, placeholder=" …")
+        axis.set_title("\n".join(lines), fontsize=9, parse_math=False)  # a $ is a dollar
+    save_figure(figure, path, dpi=100)
     plt.close(figure)
 
 

@@ -74,7 +74,9 @@ def run_demo(options: DemoOptions, console: Console) -> Path | None:
     _heading(console, "Local pairs, by FLISM's fixed regions")
     records = _match(model, records)
     write_glit(records, options.out / "data" / "pairs.jsonl")
-    dataset = FastGoalDataset(records, model.tokenizer, model.image_size, model.context_length)
+    dataset = FastGoalDataset(
+        records, model.tokenizer, model.image_size, model.context_length, model.normalisation
+    )
     items = [dataset[index] for index in range(len(dataset))]  # few enough to read only once
     console.print(
         f"one region and one sentence for each photograph: {options.out}/data/pairs.jsonl"

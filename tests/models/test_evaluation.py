@@ -47,7 +47,7 @@ def score_matrix(model, records, captions):
         return model.encode_image(images) @ model.encode_text(model.tokenizer(captions)).T
 
 
-@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize("resize", ["own", "squash"])
 def test_global_recall_is_that_of_the_score_matrix(records, resize):
     """Plain colours look alike cropped or squashed, so one expectation holds for both."""
     model = small_clip().train()
@@ -119,7 +119,7 @@ def test_a_caft_is_judged_by_its_own_scores(records, tmp_path, score):
 
 def test_what_can_not_be_evaluated(records):
     model, captioned = small_clip(), caption_set(records, "x")
-    with pytest.raises(ConfigError, match="'crop', 'squash'"):
+    with pytest.raises(ConfigError, match="'own', 'squash'"):
         evaluate_set(model, captioned, resize="stretch")
     with pytest.raises(ConfigError, match="'global', 'maxsim'"):
         evaluate_set(model, captioned, score="whole")

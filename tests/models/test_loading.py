@@ -2,6 +2,7 @@
 
 import json
 
+import open_clip
 import pytest
 import torch
 
@@ -96,11 +97,25 @@ def test_names_and_files_that_lead_nowhere(config, tmp_path):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ConfigError, match="needs vision_cfg and text_cfg"):
             load_model(str(tmp_path / "bad.json"))
-    with pytest.raises(ConfigError, match="normalised otherwise"):
-        load_model("ViT-L-14", "laion2b_s32b_b82k")
     assert isinstance(load_model("caft-xs").model, Caft)
     with pytest.raises(ConfigError, match="is a CAFT"):
         load_fast_goal("caft-xs")
+
+
+@pytest.mark.parametrize(
+    "name, tag, why",
+    [
+        ("ViT-B-16-SigLIP", "webli", r"timm's.* \(vit_base.* tokenizer .* \(timm/ViT-B-16-SigLIP"),
+        ("ViT-L-14-CLIPA", "datacomp1b", r"a tokenizer of its own.* \(bert-base-uncased\)"),
+        ("xlm-roberta-base-ViT-B-32", "laion5b_s13b_b90k", "a text tower of Hugging Face's"),
+        ("MobileCLIP-B", "datacompdr", "an image tower of timm's"),
+    ],
+)
+def test_families_that_can_not_be_read_are_refused_before_a_download(monkeypatch, name, tag, why):
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("downloads"))
+    for pretrained in (tag, None):
+        with pytest.raises(ConfigError, match=f"{name} has .*{why}.* Fix: .*ViT-B-16"):
+            load_model(name, pretrained)
 
 
 def test_a_tag_that_wants_quick_gelu_gets_it():

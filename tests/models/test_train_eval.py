@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastgoal_models import write_glit
+from fastgoal_models import FastGoalDataset, FastGoalModel, write_glit
 from fastgoal_models.checkpoints import complete_checkpoints, latest_checkpoint, load_checkpoint
 from fastgoal_models.cli import app
 from fastgoal_models.errors import ConfigError
+from fastgoal_models.fast_goal_training import FastGoalTrainConfig
+from fastgoal_models.loading import load_model
 from fastgoal_models.lora import LoraAdapters
+from fastgoal_models.options import tensors_digest
 from fastgoal_models.trackers import scalars, watched
 from fastgoal_models.training import (
     EvalRecord,
@@ -194,6 +197,78 @@ def test_options_may_change_from_run_to_run(tmp_path):
     }  # fmt: skip
 
 
+# -- with a moving average ------------------------------------------------------------------------
+
+
+def weighing(seen: list | None = None, fail_at: int = 0) -> Evaluation:
+    """The score tells one set of weights from another; `seen` gets their digests."""
+    seen = [] if seen is None else seen
+
+    def measure(model):
+        model.eval()
+        weights = model.state_dict()
+        seen.append(tensors_digest(weights))
+        if len(seen) == fail_at:
+            raise KeyboardInterrupt
+        model.train()
+        score = float(sum(tensor.double().abs().sum() for tensor in weights.values()))
+        return score, {"mean_r1": score}
+
+    return Evaluation("set", measure)
+
+
+def averages(path: Path) -> dict[str, torch.Tensor]:
+    state = load_checkpoint(path).state["ema"]
+    return {
+        name.removeprefix("module."): tensor
+        for name, tensor in state.items()
+        if name.startswith("module.")
+    }
+
+
+def test_the_moving_average_is_what_is_evaluated_and_nothing_else_changes(tmp_path):
+    more = {"save_every": 1, "keep": None, "ema": 0.5}
+    run(tmp_path / "without", None, **more)
+    seen: list[str] = []
+    run(tmp_path / "with", weighing(seen), eval_every=1, **more)
+    for step in range(1, STEPS + 1):
+        name = f"checkpoints/step-{step:08d}"
+        assert_same_bits(tmp_path / "with" / name, tmp_path / "without" / name)
+        average = averages(tmp_path / "with" / name)
+        expected = averages(tmp_path / "without" / name)
+        assert all(torch.equal(average[key], tensor) for key, tensor in expected.items())
+        assert seen[step - 1] == tensors_digest(expected)
+    records = read_evaluations(tmp_path / "with")
+    assert all(record.averaged for record in records)
+    assert without_time(read_log(tmp_path / "with")) == without_time(read_log(tmp_path / "without"))
+
+
+def test_an_evaluation_of_the_average_that_is_interrupted_leaves_the_weights(tmp_path):
+    model = make_model()
+    config = make_config(tmp_path / "broken", eval_every=4, save_every=1, keep=None, ema=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, make_items(), config, device="cpu", evaluation=weighing(fail_at=1))
+    run(tmp_path / "whole", None, save_every=1, keep=None, ema=0.5)
+    expected = load_checkpoint(tmp_path / "whole/checkpoints/step-00000004").weights
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    train(make_model(), make_items(), config, device="cpu", resume=True, evaluation=weighing())
+    assert_same_bits(final(tmp_path / "broken"), final(tmp_path / "whole"))
+
+
+def test_raw_and_averaged_evaluations_are_not_compared(tmp_path):
+    """Runs of before evaluated the raw weights, also where they kept an average."""
+    more = {"ema": 0.5, "eval_every": 4, "keep_best": True, "save_every": 4, "keep": None}
+    run(tmp_path, evaluation([0.9, 0.8]), **more)
+    shutil.rmtree(final(tmp_path))
+    first = read_evaluations(tmp_path)[0]._asdict()
+    del first["averaged"]
+    (tmp_path / "eval.jsonl").write_text(json.dumps(first) + "\n")
+    run(tmp_path, evaluation([0.1]), resume=True, **more)
+    assert [record.averaged for record in read_evaluations(tmp_path)] == [False, True]
+    assert best_of(tmp_path)["step"] == 8 and best_of(tmp_path)["score"] == 0.1
+
+
 def test_an_evaluation_is_needed(tmp_path):
     for changes in ({"eval_every": 2}, {"keep_best": True}):
         with pytest.raises(ConfigError, match="Fix: --eval-data FILE"):
@@ -225,14 +300,17 @@ def command(folder: Path, out: str, *words: object):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [[], ["--lora", 2], ["--unlocked-image-blocks", 0]])
+@pytest.mark.parametrize(
+    "more", [[], ["--lora", 2], ["--unlocked-image-blocks", 0], ["--ema", 0.9]]
+)
 def test_what_is_measured_is_what_eval_says(folder, more):
     if more[:1] == ["--lora"]:
         pytest.importorskip("peft")
     data = ["--eval-data", folder / "data.jsonl", "--eval-every", 3, "--save-every", 1]
     code, said = command(folder, "run", *data, "--keep-best", *more)
     assert code == 0, said
-    assert "--eval-data: 3 records read" in said and "evaluation at step 3/4  mean_r1 " in said
+    what = "evaluation of the moving average" if more[:1] == ["--ema"] else "evaluation"
+    assert "--eval-data: 3 records read" in said and f"{what} at step 3/4  mean_r1 " in said
     records = read_evaluations(folder / "run")
     assert [record.step for record in records] == [3, 4]
     code, plain = command(folder, "plain", "--save-every", 1, *more)
@@ -255,6 +333,29 @@ def test_what_is_measured_is_what_eval_says(folder, more):
     assert (folder / "run" / best_of(folder / "run")["checkpoint"]).is_dir()
     code, said = command(folder, "run", "--resume", "--save-every", 1, *more)
     assert code == 0, said
+
+
+def test_the_best_checkpoint_of_a_run_with_an_average_is_the_one_that_was_measured(folder):
+    """Loaded as `eval` loads it, it has the weights that were evaluated, to the bit."""
+    records = coloured_records(folder)
+    model = FastGoalModel.create(CONFIG, context_length=24)
+    seen: list[str] = []
+    config = FastGoalTrainConfig(
+        folder / "run", steps=4, batch_size=2, learning_rate=1e-2, ema=0.5, eval_every=1,
+        keep_best=True, keep=None,
+    )  # fmt: skip
+    dataset = FastGoalDataset(records, model.tokenizer, 32, 24)
+    identity = {"architecture": CONFIG, "context_length": 24}
+    judge = weighing(seen)
+    train(model, dataset, config, device="cpu", evaluation=judge, identity=identity)
+    best = best_checkpoint(folder / "run")
+    assert best is not None
+    step = best_of(folder / "run")["step"]
+    loaded = load_model(str(best)).model
+    assert tensors_digest(loaded.state_dict()) == seen[step - 1]
+    score, _ = weighing().measure(loaded)
+    assert score == best_of(folder / "run")["score"]
+    assert step > 1 and tensors_digest(load_checkpoint(best).weights) != seen[step - 1]
 
 
 def test_other_pictures_in_another_folder(folder):
@@ -309,6 +410,11 @@ def test_trackers_are_told(capsys):
         tell(record)
     assert told == [record]
     assert "evaluation at step 2/4  mean_r1 0.5" in capsys.readouterr().out
+    averaged = record._replace(averaged=True)
+    assert scalars(averaged) == {"eval_average/mean_r1": 0.5}
+    with watched(Console(width=100), []) as tell:
+        tell(averaged)
+    assert "evaluation of the moving average at step 2/4" in capsys.readouterr().out
 
 
 def test_lora_in_evaluation_mode_leaves_its_weights_alone(tmp_path):
