@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -44,6 +45,7 @@ PAIR_SAMPLINGS = ("best", "uniform", "weighted")
 LONG_CAPTIONS = ("cut", "chunk")
 
 _EXIF_ORIENTATION = 0x0112
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
 _OWN_KEYS = ("id", "image", "width", "height", "caption", "sentences", "pairs")
 
 
@@ -150,7 +152,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
 def _read_image(file: Path | io.BytesIO, name: str, decode: bool) -> tuple[Image.Image, int, int]:
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=_formats()) as image:
             # Pillow itself only warns here, and refuses at twice the size.
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
@@ -166,8 +168,17 @@ def _read_image(file: Path | io.BytesIO, name: str, decode: bool) -> tuple[Image
         raise
     except Image.DecompressionBombError:
         raise Unusable(f"image has more than {Image.MAX_IMAGE_PIXELS:,} pixels", name) from None
+    except UnidentifiedImageError:  # in whose message stands where in memory the file is
+        raise Unusable("image is corrupt", f"{name} (no picture in a known format)") from None
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
         raise Unusable("image is corrupt", f"{name} ({error})") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of Pillow's readers that only read: it hands PostScript to a program that runs it."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _is_file(path: Path) -> bool:

@@ -75,10 +75,10 @@ def _with_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Method], Method]
             wanted = args[position] if len(args) > position else kwargs.get("return_loss")
             if not wanted:
                 return original(self, *args, **kwargs)
-            kwargs.update(zip(names[1:], args, strict=False))
+            kwargs.update(zip(names[1 : len(args) + 1], args, strict=True))
             as_dict = kwargs.pop("return_dict", None)
             outputs = original(self, **{**kwargs, "return_loss": False, "return_dict": True})
-            if {"image_embeds", "text_embeds"} <= outputs.keys():  # TIPSv2 takes one of them, too
+            if "image_embeds" in outputs and "text_embeds" in outputs:  # TIPSv2 takes one of them
                 outputs = type(outputs)(**{**outputs, "loss": loss(self, outputs)})
             if as_dict is None:
                 as_dict = getattr(self.config, "return_dict", True)

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch.utils.data import DataLoader
 
 from fastgoal_models import (
@@ -24,7 +24,7 @@ from fastgoal_models import (
     read_glit,
     write_glit,
 )
-from fastgoal_models.glit import crop_region, image_tensor, load_image
+from fastgoal_models.glit import Unusable, crop_region, decode_image, image_tensor, load_image
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=248)
 CAPTION = "A red cat sleeps. It lies on 2.5 blue rugs! The wall is green."
@@ -304,6 +304,34 @@ def levels(pixels: torch.Tensor) -> torch.Tensor:
     found = (pixels * std + mean) * 255
     torch.testing.assert_close(found, found.round(), rtol=0, atol=1e-3)
     return found.round()
+
+
+def test_postscript_is_no_picture(tmp_path, monkeypatch):
+    """Pillow would have Ghostscript run it, and a set may hold anything under any name."""
+    path = tmp_path / "program.jpg"
+    picture(8, 8).save(path, "EPS")
+    run = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: run.append(a))
+    with pytest.raises(GlitError, match=r"no picture in a known format.*: image is corrupt"):
+        load_image(path)
+    assert not run
+
+
+def test_a_broken_picture_has_the_same_words_each_time():
+    words = []
+    for _ in range(2):
+        with pytest.raises(Unusable) as caught:
+            decode_image(b"not a picture", "cat.jpg")
+        words.append(str(caught.value))
+    assert words == ["cat.jpg (no picture in a known format): image is corrupt"] * 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_formats(tmp_path, kind):
+    path = tmp_path / "picture"
+    Image.new("RGB", (8, 6), "red").save(path, kind)
+    image = load_image(path)
+    assert image.size == (8, 6) and image.getpixel((4, 3))[0] > 250
 
 
 @pytest.mark.parametrize("size", [(40, 30), (300, 100), (7, 200), (640, 480)])
