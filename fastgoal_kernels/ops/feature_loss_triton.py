@@ -40,6 +40,7 @@ from .tiles_triton import (
     Config,
     architecture,
     float32_precision,
+    for_compiler,
     of_architecture,
     product_tile,
     tile_case,
@@ -467,7 +468,7 @@ def tiles(kernel: str, dtype: torch.dtype, precision: str, plain: bool, arch: in
         # IEEE products run on the ordinary cores, where loads in flight would cost the registers.
         return [_tile(64, 64, 32, 8, 2 if precision == "tf32" else 1)]
     if plain:
-        return of_architecture(_TABLES, arch)
+        return for_compiler(of_architecture(_TABLES, arch))
     stages = of_architecture(_TABLES, arch)[0].num_stages
     return [(_NARROW_SUMS if kernel == "softmax_sums" else _NARROW)[stages]]
 

@@ -32,6 +32,7 @@ from .tiles_triton import (
     Config,
     architecture,
     float32_precision,
+    for_compiler,
     nan_max,
     of_architecture,
     product_tile,
@@ -438,7 +439,7 @@ def tiles(dtype: torch.dtype, precision: str, both: bool, arch: int) -> list[Con
     if dtype == torch.float32:
         # IEEE products run on the ordinary cores, where loads in flight would cost the registers.
         return [Config(64, 64, 32, 8, 2 if precision == "tf32" else 1, maxnreg=255)]
-    return of_architecture(_TABLES, arch)["both" if both else "rows"]
+    return for_compiler(of_architecture(_TABLES, arch)["both" if both else "rows"])
 
 
 # ---------------------------------------------------------------------------------------------

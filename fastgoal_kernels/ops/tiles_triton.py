@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -91,6 +91,17 @@ Tiles = TypeVar("Tiles")
 def of_architecture(table: Mapping[int, Tiles], arch: int) -> Tiles:
     """table[arch]; an architecture nobody has seen is taken for the next below."""
     return table[_LIKE.get(arch) or max((known for known in table if known <= arch), default=80)]
+
+
+# Triton 3.2 has no registers for a tile of 256 columns: on sm_90 it spills up to 2.5 KB, or wants
+# more shared memory than a block may have.
+_MOST_COLUMNS = 128 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3) else 256
+
+
+def for_compiler(tiles: Iterable[Config]) -> list[Config]:
+    """The tiles, as wide as the Triton that is installed can compile them; each once."""
+    narrowed = (replace(tile, block_n=min(tile.block_n, _MOST_COLUMNS)) for tile in tiles)
+    return list(dict.fromkeys(narrowed))
 
 
 def float32_precision(dtype: torch.dtype) -> str:

@@ -26,6 +26,7 @@ from fastgoal_kernels.ops import (
     feature_loss_triton,
     maxsim_forward_triton,
     text_conditioned_triton,
+    tiles_triton,
     tuning,
 )
 from fastgoal_kernels.ops.tiles_triton import Config
@@ -135,6 +136,14 @@ def test_every_architecture_has_tiles_that_fit_its_shared_memory(both):
         for tile in maxsim_forward_triton.tiles(torch.bfloat16, "ieee", both, arch):
             operands = 2 * (tile.block_m + tile.block_n) * tile.block_d * tile.num_stages
             assert operands <= limit * 1024, (arch, tile)
+
+
+def test_an_old_compiler_gets_narrower_tiles(monkeypatch):
+    wide, tall = Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 3)
+    monkeypatch.setattr(tiles_triton, "_MOST_COLUMNS", 256)
+    assert tiles_triton.for_compiler([wide, tall]) == [wide, tall]
+    monkeypatch.setattr(tiles_triton, "_MOST_COLUMNS", 128)
+    assert tiles_triton.for_compiler([wide, tall]) == [tall]
 
 
 def test_warmup_without_a_gpu_does_nothing_but_check():
