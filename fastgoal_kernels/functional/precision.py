@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,7 @@ from ..reference import score_dtype
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """As a matrix product under torch.autocast would take it; float64 is left alone."""
     device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
         return x
     return x.to(torch.get_autocast_dtype(device_type))
 
@@ -23,8 +26,10 @@ def of_one_dtype(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return first.to(dtype), second.to(dtype)
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A block in which autocast changes nothing on x's device: dtypes are already chosen."""
+    if x.is_meta:  # shapes only, and no autocast of its own
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -235,6 +235,18 @@ def test_autocast(name, device):
         assert (ours[key] - expected).norm() <= 2.0**-7 * expected.norm() + 1e-5, key
 
 
+@every_loss
+def test_a_step_of_shapes_alone(name):
+    """On the meta device: as tools do that want to know sizes before there is memory for them."""
+    step, batch = make_step(name, "cpu").to("meta"), make_batch("meta")
+    ours = run(step, *batch)
+    expected = run(make_step(name, "cpu"), *make_batch("cpu"))
+    assert {k: (x.shape, x.dtype) for k, x in ours.items()} == {
+        k: (x.shape, x.dtype) for k, x in expected.items()
+    }
+    assert all(x.is_meta for x in ours.values())
+
+
 @every_device
 @every_loss
 @pytest.mark.parametrize("half", [False, True])
