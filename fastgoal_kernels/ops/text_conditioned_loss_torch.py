@@ -124,9 +124,13 @@ class _Projection:
         self, a: Tensor, u: Tensor, captions: slice | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(<o, t>, |o|, y = W'o) of rows a."""
-        y = wide_product(a.flatten(0, 1), self.gram, self.h).view(a.shape)
         product = self.workspace("logits", *a.shape)
         along_t = torch.mul(a, u, out=product).sum(dim=-1) + self.c[captions]
+        if not _may_ask(a.device):
+            o = wide_product(a.flatten(0, 1), self.weight.T, self.bias)
+            norm = torch.linalg.vector_norm(o, dim=-1).view(along_t.shape)
+            return along_t, norm, (o @ self.weight).view(a.shape)
+        y = wide_product(a.flatten(0, 1), self.gram, self.h).view(a.shape)
         whole_y, along_h = torch.mul(a, y, out=product).sum(dim=-1), a @ self.h
         square = whole_y + along_h + self.e
         # Where the terms cancel, o is made after all.
@@ -169,6 +173,14 @@ class _Projection:
         if need.out_bias:
             torch.addmv(2 * self.d_e * self.bias, self.weight, self.d_h, out=out.out_bias)
             out.out_bias += self.d_c @ self.text
+
+
+def _may_ask(device: torch.device) -> bool:
+    """Which pairs cancel, a GPU would have to tell, and the host to wait: there all make their o.
+
+    That is D² more a pair, and lets a step be captured as a CUDA graph.
+    """
+    return device.type == "cpu"
 
 
 def _by_head(x: Tensor, num_heads: int) -> Tensor:

@@ -134,6 +134,8 @@ def backward(
     grad = grad.to(x.wide)
     if x.empty is not None:
         grad = grad.masked_fill(x.empty[:, None], 0)
+    size = _size(grad) if x.dtype == torch.float16 else grad.new_ones(())
+    grad = grad / size
 
     def zeros_if(wanted: bool, *shape: int) -> Tensor:
         return torch.zeros(shape if wanted else 0, dtype=x.wide, device=grad.device)
@@ -177,11 +179,24 @@ def backward(
             d_queries = (d_s @ block.k).transpose(1, 2).flatten(2).to(x.wide)
             add_rows(d_q, captions, d_queries)
 
+    d_k, d_v = (x.merge(d) if wanted else d for d, wanted in ((d_k, need.k), (d_v, need.v)))
     return (
-        d_q.to(pool.q.dtype),
-        (x.merge(d_k) if need.k else d_k).to(pool.k.dtype),
-        (x.merge(d_v) if need.v else d_v).to(pool.v.dtype),
-        d_text.to(pool.text.dtype),
-        d_weight.to(pool.out_weight.dtype),
-        d_bias.to(pool.out_bias.dtype),
+        d_q.mul_(size).to(pool.q.dtype),
+        d_k.mul(size).to(pool.k.dtype),
+        d_v.mul(size).to(pool.v.dtype),
+        d_text.mul_(size).to(pool.text.dtype),
+        d_weight.mul_(size).to(pool.out_weight.dtype),
+        d_bias.mul_(size).to(pool.out_bias.dtype),
     )
+
+
+def _size(grad: Tensor) -> Tensor:
+    """The power of two below the largest of them, without a look from the host; 1 if there is none.
+
+    Float16 has no room for the gradients of a large batch, but for what they are times the largest.
+    A power of two changes no other bit.
+    """
+    largest = grad.abs().amax() if grad.numel() else grad.new_zeros(())
+    _, exponent = torch.frexp(largest)
+    size = torch.ldexp(grad.new_ones(()), exponent - 1)
+    return torch.where((largest > 0) & largest.isfinite(), size, 1.0)

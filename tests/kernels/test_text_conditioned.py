@@ -437,6 +437,28 @@ def test_views_and_a_single_everything():
     assert empty.item() == 0
 
 
+@pytest.mark.parametrize("power", [0, -12, -24, -40])
+def test_small_gradients_of_a_large_batch_are_not_lost_in_float16(power):
+    """The engine with products in float16, as it is on a GPU; 2^-24 is the least that it has."""
+    torch.manual_seed(24)
+    q, k, v = (randn(*shape, dtype=torch.float16) for shape in ((5, 8), (3, 4, 8), (3, 4, 8)))
+    text, weight, bias = (randn(*shape, dtype=torch.float32) for shape in ((5, 8), (8, 8), (8,)))
+    pool = Pool(q, k, v, text, weight, bias, None, 2, True)
+    grad, forward = randn(3, 5, dtype=torch.float32), engine.forward(pool, None)
+    whole = engine.backward(pool, None, grad, *forward, Need(*[True] * 6))
+    small = engine.backward(pool, None, grad * 2.0**power, *forward, Need(*[True] * 6))
+    for name in ("text", "out_weight", "out_bias"):  # the others' own dtype is float16
+        place = Need._fields.index(name)
+        assert torch.equal(small[place], whole[place] * 2.0**power), name
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 0.0])
+def test_a_gradient_without_a_size_is_taken_as_it_is(bad):
+    assert engine._size(torch.tensor([1.0, bad])) == 1
+    assert engine._size(torch.zeros(0)) == 1 and engine._size(torch.zeros(2)) == 1
+    assert engine._size(torch.tensor([-6.0, bad if bad == 0 else 1.0])) == 4
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
@@ -585,9 +607,31 @@ def test_each_gradient_of_the_loss_alone_is_that_of_all_together(need):
         assert torch.equal(a, b) if wanted else a.numel() == 0
 
 
+@pytest.fixture(params=[True, False], ids=["host asks", "host does not ask"])
+def may_ask(request, monkeypatch) -> bool:
+    """The loss's engine on a CPU, and as it goes about it on a GPU."""
+    monkeypatch.setattr(loss_engine, "_may_ask", lambda device: request.param)
+    return request.param
+
+
+def test_a_gpu_is_never_waited_for(may_ask):
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            asked.extend([name] if name in ("nonzero", "_local_scalar_dense", "item") else [])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        given = loss_engine.Inputs(*loss_inputs(), None, None, 2, True, 2)
+        loss_engine.loss_and_gradients(given, loss_engine.Need(*[True] * 11))
+    assert bool(asked) == may_ask
+
+
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize(("budget", "rows"), [(1, 1), (30, 9), (1 << 20, 1 << 20)])
-def test_how_much_is_computed_at_once_does_not_matter(sample, budget, rows, monkeypatch):
+def test_how_much_is_computed_at_once_does_not_matter(sample, budget, rows, may_ask, monkeypatch):
     """The loss beside that of the scores, whose own test does the same."""
     monkeypatch.setattr(loss_engine, "_BLOCK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), budget))
     monkeypatch.setattr(loss_engine, "_GROUP_ROWS", rows)
@@ -604,7 +648,7 @@ def test_how_much_is_computed_at_once_does_not_matter(sample, budget, rows, monk
     assert_same_with_gradients(one, other, [tokens, text, *pool.parameters()])
 
 
-def test_a_projection_that_nearly_cancels():
+def test_a_projection_that_nearly_cancels(may_ask):
     """|o|^2 is a difference of terms 10^8 times its size, and no digit of it may be lost."""
     torch.manual_seed(23)
     pool = random_pool(6, 2, zero=False)
@@ -624,6 +668,34 @@ def test_a_projection_that_nearly_cancels():
         ours, wanted = (torch.autograd.grad(x, inputs, retain_graph=True)[0] for x in (one, other))
         # Each of the terms has 10^-16 of itself, which is 10^-12 of what they leave.
         assert float((ours - wanted).norm() / wanted.norm()) < 1e-9
+
+
+def test_the_loss_below_the_floor_of_the_norm_follows_the_reference(may_ask):
+    """|o| < 1e-12 is divided by 1e-12, and has no gradient of its own."""
+    torch.manual_seed(25)
+    pool = random_pool(6, 2)
+    with torch.no_grad():
+        pool.attn.out_proj.weight.mul_(1e-13)
+        pool.attn.out_proj.bias.zero_()
+    tokens, text = randn(3, 4, 6, grad=True), randn(6, 6, grad=True)
+    ours, wanted = (
+        text_conditioned_sigmoid_loss(
+            pool, tokens, text, 5.0, -1.0, captions_per_image=2, backend=backend
+        )
+        for backend in ("torch", "reference")
+    )
+    assert_same_with_gradients(ours, wanted, [tokens, text, *pool.parameters()])
+
+
+def test_the_losses_operator_reads_no_caption_that_is_not_there():
+    inputs = loss_inputs()
+    index = torch.tensor([[0, 10**12], [-(10**12), 5], [6, -1]])
+    given = loss_engine.Inputs(*inputs, None, index, 2, True, 2)
+    clamped = given._replace(text_index=index.clamp(0, 5))
+    need = loss_engine.Need(*[True] * 11)
+    both = (loss_engine.loss_and_gradients(x, need) for x in (given, clamped))
+    for one, other in zip(*both, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("sample", [False, True])
