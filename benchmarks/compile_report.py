@@ -1,7 +1,7 @@
 """Compile every Triton kernel configuration ahead of time and report what it became; no GPU needed.
 
     python -m benchmarks.compile_report [--arch 80 90 …] [--only TEXT] [--json PATH] [--no-cache]
-                                        [--new | --record]
+                                        [--new] [--record]
 
 Every module of fastgoal_kernels/ops that has `compile_cases(arch)` is compiled with the Triton that
 is installed. Exits with 1 when a configuration does not compile, spills, wants more shared memory
@@ -11,7 +11,8 @@ and configuration, so that only what changed is compiled again.
 
 benchmarks/results/compiled.txt remembers, by the same digests, which configurations were found to
 be right: `--record` writes it from a run over all of them, and `--new` compiles the others only,
-as the tests do. A changed kernel, configuration, compiler or reader has a new digest.
+as the tests do; both together add what is new and drop what there no longer is. A changed kernel,
+configuration, compiler or reader has a new digest.
 """
 
 from __future__ import annotations
@@ -205,9 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="kernels whose name or label contains this")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--no-cache", action="store_true", help="compile everything again")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--new", action="store_true", help="only what is not on record")
-    which.add_argument("--record", action="store_true", help="put what is right on record")
+    parser.add_argument("--new", action="store_true", help="only what is not on record")
+    parser.add_argument("--record", action="store_true", help="put what is right on record")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
@@ -225,16 +225,16 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.only in f"{case.name} {case.label}"
     ]
     exposed = bool(addresses)
+    known: set[str] = set()
     if arguments.new:
-        known = recorded()
-        every = len(addresses)
+        known = recorded() & {case_key(a.case(), a.arch) for a in addresses}
         addresses = [a for a in addresses if case_key(a.case(), a.arch) not in known]
-        console.print(f"{every - len(addresses)} configurations are on record")
+        console.print(f"{len(known)} configurations are on record")
     rows = compile_all(addresses, not arguments.no_cache, console)
     bad = report(rows, console)
     if arguments.record:
         right = (a for a, row in zip(addresses, rows, strict=True) if not row.problems)
-        record(case_key(a.case(), a.arch) for a in right)
+        record(known | {case_key(a.case(), a.arch) for a in right})
     if arguments.json:
         document = {
             "command": "python -m benchmarks.compile_report " + " ".join(argv or sys.argv[1:]),

@@ -275,6 +275,11 @@ def test_only_what_is_not_on_record_is_compiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compile_report, "ARCHITECTURES", (90,))
     assert compile_report.main(["--record"]) == 0
     assert compile_report.recorded() == set(keys)
+    asked.clear()
+    compile_report.record(["gone", keys[1]])
+    assert compile_report.main(["--new", "--record"]) == 0
+    assert [address.index for address in asked] == [0]
+    assert compile_report.recorded() == set(keys)
     with pytest.raises(SystemExit):
         compile_report.main(["--record", "--only", "row"])
 
