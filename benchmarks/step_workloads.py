@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastgoal_kernels import HierarchicalAlignmentLoss, use_backend
 from fastgoal_kernels.backends import BackendError, choose_backend
-from fastgoal_kernels.modules import TextConditionedSigmoidLoss
 from fastgoal_models.caft import Caft
 
 from .parity import relative_error, try_check
@@ -98,15 +97,6 @@ def _without_dropout(model: Caft) -> None:
             module.p = 0.0
 
 
-class _GivenOffsets(TextConditionedSigmoidLoss):
-    """The text-conditioned term with the negatives that the rivals have, too."""
-
-    offsets: Tensor | None = None
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        return super().forward(*arguments, **options, negative_offsets=self.offsets)
-
-
 Way = Callable[[StepInputs], Tensor]
 
 
@@ -135,13 +125,11 @@ def build(name: str, work: StepWorkload, inputs: StepInputs) -> Way:
     except BackendError as error:
         raise Unavailable(str(error)) from error
     loss = HierarchicalAlignmentLoss(work.captions_per_image, work.negatives)
-    pooled = _GivenOffsets(work.captions_per_image, work.negatives)
-    loss.text_conditioned = pooled
 
     def ours(own: StepInputs) -> Tensor:
-        pooled.offsets = own.offsets
         with use_backend(backend), autocast():
-            return loss(**own.model(own.images, own.texts))
+            # The negatives that the rivals have, too.
+            return loss(**own.model(own.images, own.texts), negative_offsets=own.offsets)
 
     return ours
 

@@ -8,6 +8,7 @@ What each op means is in `fastgoal_kernels.reference`, in a few lines of eager P
 
 from .backends import BackendError, available_backends, explain_backend, use_backend
 from .functional import (
+    PoolWeights,
     clip_contrastive_loss,
     farthest_point_sampling,
     hierarchical_scores,
@@ -21,6 +22,8 @@ from .functional import (
     sigmoid_contrastive_loss,
     soft_cluster_pool,
     span_mean,
+    text_conditioned_loss_from_weights,
+    text_conditioned_scores,
     text_conditioned_sigmoid_loss,
     text_conditioned_topk,
     token_similarity_loss,
@@ -54,6 +57,7 @@ __all__ = [
     "FastGoalLoss",
     "HierarchicalAlignmentLoss",
     "MaxSimLoss",
+    "PoolWeights",
     "SigLipLoss",
     "TextConditionedPool",
     "TextConditionedSigmoidLoss",
@@ -77,6 +81,8 @@ __all__ = [
     "sigmoid_contrastive_loss",
     "soft_cluster_pool",
     "span_mean",
+    "text_conditioned_loss_from_weights",
+    "text_conditioned_scores",
     "text_conditioned_sigmoid_loss",
     "text_conditioned_topk",
     "token_similarity_loss",

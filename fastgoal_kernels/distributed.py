@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import check_choice
-from .functional import contrastive
+from .functional import contrastive, text_conditioned
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # absent where torch is built without distributed
@@ -240,4 +240,72 @@ def sigmoid_contrastive_loss(
     if exchange == "bidir" and world_size % 2 == 0:  # the process opposite on the ring
         (texts,) = _Exchange.apply((to_right,), group, travelling[0])
         loss = loss + block(texts, negative_only=True)
+    return loss
+
+
+def text_conditioned_sigmoid_loss(
+    pool: nn.Module,
+    image_tokens: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    captions_per_image: int,
+    negatives: str = "all",
+    negative_offsets: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """This process's images against every process's captions, pooled by caption (FLAIR, CAFT).
+
+    Own captions hold the positives; those of the other processes are negatives throughout. With
+    negatives="all" the mean of the processes' losses is `fastgoal_kernels`'s
+    `text_conditioned_sigmoid_loss` of the whole batch. With "sample" image i meets, of the captions
+    of another process, those which that one drew for its own image i, as in the published ring.
+
+    Captions travel all at once: their features are small beside what a block of pairs costs.
+
+    Args:
+        pool: the same on every process.
+        image_tokens: (N, L, D) of this process; N the same everywhere.
+        text_features: (N * K, D) of this process.
+        logit_scale: the multiplier itself.
+        logit_bias: added to every logit.
+        captions_per_image: K.
+        negatives: "all" or "sample".
+        negative_offsets: (N, N - 1) of this process, for "sample"; default: drawn.
+        image_mask: (N, L) bool, True = a real token.
+        generator: draws the offsets.
+        group: the process group; default: all processes.
+        backend: as everywhere.
+
+    Returns:
+        0-dim float32 (float64 for float64 features), this process's loss.
+
+    Raises:
+        ValueError, TypeError: as `fastgoal_kernels.text_conditioned_sigmoid_loss`.
+    """
+    if negatives == "sample" and negative_offsets is None:
+        negative_offsets = text_conditioned.draw_offsets(
+            image_tokens, captions_per_image, generator
+        )
+
+    def block(texts: Tensor, offsets: Tensor | None, negative_only: bool) -> Tensor:
+        return text_conditioned.text_conditioned_sigmoid_loss(
+            pool, image_tokens, texts, logit_scale, logit_bias,
+            captions_per_image=captions_per_image, negatives=negatives, negative_offsets=offsets,
+            negative_only=negative_only, image_mask=image_mask, backend=backend,
+        )  # fmt: skip
+
+    loss = block(text_features, negative_offsets, negative_only=False)
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    texts = gather(text_features, group).chunk(world_size)
+    offsets: list[Tensor | None] = [None] * world_size
+    if negative_offsets is not None:
+        offsets = list(gather(negative_offsets, group, with_grad=False).chunk(world_size))
+    for other in range(world_size):
+        if other != rank:
+            loss = loss + block(texts[other], offsets[other], negative_only=True)
     return loss

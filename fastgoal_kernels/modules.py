@@ -6,6 +6,8 @@ sum is the loss (the convention of open_clip's trainer, which sums the values).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from .functional.contrastive import clip_contrastive_loss, sigmoid_contrastive_l
 from .functional.maxsim import maxsim_contrastive_loss
 from .functional.text_conditioned import (
     pool_weights,
+    text_conditioned_loss_from_weights,
     text_conditioned_scores,
     text_conditioned_sigmoid_loss,
 )
@@ -129,8 +132,17 @@ class TextConditionedPool(nn.Module):
     published block, so that its checkpoints load: `attn.in_proj_weight`, `attn.in_proj_bias`,
     `attn.out_proj.weight`, `attn.out_proj.bias`, and `weight` and `bias` of `ln_q`, `ln_k`, `ln_v`.
 
-    Under FSDP2, read the weights where they are whole: in the forward of the module that gathers
-    them, or after `torch.distributed.fsdp.register_fsdp_forward_method(pool, "scores")`.
+    `scores` and `sigmoid_loss` read the parameters and do not call `attn`, `ln_q`, `ln_k`, `ln_v`
+    or `forward`, so that forward hooks on those do not run. A subclass that changes the parameters
+    first (with an adapter, for instance) overrides `weights`.
+
+    Under FSDP2, shard the pool with the module in whose forward it is called. A pool that is
+    sharded on its own is gathered for its `forward`, and for the other two after
+
+        register_fsdp_forward_method(pool, "sigmoid_loss")  # the losses that take a pool
+        register_fsdp_forward_method(pool, "scores")  # retrieval, hierarchical_scores
+
+    of `torch.distributed.fsdp`.
 
     Args:
         embed_dim: D, of queries, keys, values and output.
@@ -152,7 +164,12 @@ class TextConditionedPool(nn.Module):
         self.ln_v = nn.LayerNorm(embed_dim)
 
     def weights(self) -> PoolWeights:
-        """The parameters themselves, for the functions that take tensors."""
+        """The parameters themselves, for the functions that take tensors.
+
+        Raises:
+            ValueError: a setting with which the module pools otherwise than its parameters say:
+                `add_bias_kv`, dropout in training, layer norms of another eps than 1e-5.
+        """
         return pool_weights(self)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -181,19 +198,43 @@ class TextConditionedPool(nn.Module):
             text_features: (J, D).
             image_mask: (I, L) bool, True = a real token.
             text_index: (I, P) integers, the captions to score with each image; default: all.
-            backend: "torch" or "reference"; default: the best that serves the inputs.
+            backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
         Returns:
             (I, J), or (I, P) with `text_index`: float32, or float64 for float64 input. See
-            `fastgoal_kernels.functional.text_conditioned.text_conditioned_scores`.
+            `fastgoal_kernels.text_conditioned_scores`.
 
         Raises:
-            ValueError, TypeError: as that function.
+            ValueError, TypeError: as that function, and as `weights`.
         """
         return text_conditioned_scores(
             image_tokens, text_features, self.weights(), self.attn.num_heads,
             add_zero_attn=self.attn.add_zero_attn, image_mask=image_mask, text_index=text_index,
             backend=backend,
+        )  # fmt: skip
+
+    def sigmoid_loss(
+        self,
+        image_tokens: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float,
+        **options: Any,
+    ) -> Tensor:
+        """`text_conditioned_sigmoid_loss` of this pool, which calls it: what FSDP2 can hook.
+
+        Args:
+            image_tokens: (N, L, D) floating point.
+            text_features: (N * K, D).
+            logit_scale, logit_bias: of the logits.
+            options: `captions_per_image` and the other keywords of that function.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as that function.
+        """
+        return text_conditioned_loss_from_weights(
+            image_tokens, text_features, self.weights(), self.attn.num_heads, logit_scale,
+            logit_bias, add_zero_attn=self.attn.add_zero_attn, **options,
         )  # fmt: skip
 
 
@@ -279,6 +320,10 @@ class HierarchicalAlignmentLoss(nn.Module):
         whole_logit_scale: Tensor | float,
         whole_logit_bias: Tensor | float,
         output_dict: bool = False,
+        *,
+        negative_offsets: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-dim float32 (float64 for float64 input), or its three parts by name.
 
@@ -294,14 +339,18 @@ class HierarchicalAlignmentLoss(nn.Module):
             whole_logit_scale: multiplier of the whole term.
             whole_logit_bias: bias of the whole term.
             output_dict: {"text_conditioned_loss", "fine_loss", "whole_loss"} instead of their sum.
+            negative_offsets: (N, N - 1) integers in [0, K): the sampled negatives, not drawn.
+            image_mask: (N, L) bool, True = a real fine token.
+            generator: draws the sampled negatives.
 
         Raises:
-            ValueError, TypeError: as `text_conditioned_sigmoid_loss` and
+            ValueError, TypeError, RuntimeError: as `text_conditioned_sigmoid_loss` and
                 `sigmoid_contrastive_loss`.
         """
         text_conditioned = self.text_conditioned(
-            pool, fine_tokens, part_features, logit_scale, logit_bias
-        )
+            pool, fine_tokens, part_features, logit_scale, logit_bias,
+            negative_offsets=negative_offsets, image_mask=image_mask, generator=generator,
+        )  # fmt: skip
         fine = sigmoid_contrastive_loss(
             fine_features, part_features, logit_scale, logit_bias,
             captions_per_image=self.captions_per_image, normalize=True,

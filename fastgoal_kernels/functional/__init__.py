@@ -1,5 +1,6 @@
 """The public functions: check the inputs, choose a backend, call the op."""
 
+from ..reference import PoolWeights
 from .contrastive import clip_contrastive_loss, sigmoid_contrastive_loss
 from .maxsim import (
     maxsim_alignment,
@@ -8,7 +9,11 @@ from .maxsim import (
     maxsim_topk,
     pack_tokens,
 )
-from .text_conditioned import text_conditioned_scores, text_conditioned_sigmoid_loss
+from .text_conditioned import (
+    text_conditioned_loss_from_weights,
+    text_conditioned_scores,
+    text_conditioned_sigmoid_loss,
+)
 from .text_conditioned_retrieval import (
     hierarchical_scores,
     hierarchical_topk,
@@ -43,6 +48,7 @@ OPS = (
 
 __all__ = [
     "OPS",
+    "PoolWeights",
     "clip_contrastive_loss",
     "farthest_point_sampling",
     "hierarchical_scores",
@@ -56,6 +62,7 @@ __all__ = [
     "sigmoid_contrastive_loss",
     "soft_cluster_pool",
     "span_mean",
+    "text_conditioned_loss_from_weights",
     "text_conditioned_scores",
     "text_conditioned_sigmoid_loss",
     "text_conditioned_topk",

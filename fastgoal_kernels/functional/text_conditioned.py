@@ -2,7 +2,8 @@
 
 Every caption pools every image's tokens with its own attention weights, and is compared with what
 it pooled. The functions that take a module (`TextConditionedPool`, or the published block of the
-same layout) read its tensors and call the ones that take `PoolWeights`.
+same layout) read its tensors and call the ones that take `PoolWeights`; of a `TextConditionedPool`
+they call its methods, so that hooks which FSDP2 has around those run.
 """
 
 from __future__ import annotations
@@ -36,24 +37,63 @@ from .precision import as_scalar, of_one_dtype, without_autocast
 def pool_weights(pool: nn.Module) -> PoolWeights:
     """The tensors of a pool: a TextConditionedPool, or a published block of the same layout.
 
-    Read them where they are whole: under FSDP2, inside the forward of the module that gathers
-    them (`fully_shard` on the pool itself needs `register_fsdp_forward_method(pool, "scores")`).
+    Read them where they are whole: under FSDP2, inside the forward of the module that gathers them.
 
     Args:
         pool: has `attn` (an `nn.MultiheadAttention` with biases), `ln_q`, `ln_k` and `ln_v`.
 
     Raises:
         TypeError: it has not.
+        ValueError: a setting that its tensors do not show, and with which it pools otherwise.
     """
     try:
         attn: Any = pool.attn
-        norms: tuple[Any, ...] = (pool.ln_q, pool.ln_k, pool.ln_v)
+        norms: dict[str, Any] = {"ln_q": pool.ln_q, "ln_k": pool.ln_k, "ln_v": pool.ln_v}
         weights = (attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias)
-        return PoolWeights(*weights, *(x for norm in norms for x in (norm.weight, norm.bias)))
+        affine = [x for norm in norms.values() for x in (norm.weight, norm.bias)]
+        eps = {name: norm.eps for name, norm in norms.items()}
     except AttributeError as error:
         raise TypeError(
             f"pool must be a TextConditionedPool or have its attn, ln_q, ln_k and ln_v; {error}"
         ) from error
+    if not (isinstance(attn, nn.MultiheadAttention) and isinstance(attn.out_proj, nn.Linear)):
+        raise TypeError(
+            "pool.attn must be an nn.MultiheadAttention with an nn.Linear as out_proj, not a "
+            f"{type(attn).__name__} with a {type(attn.out_proj).__name__}, whose weights need not "
+            "be all there is to it. Fix: merge the adapter, or call "
+            "text_conditioned_loss_from_weights with merged PoolWeights"
+        )
+    if attn.bias_k is not None or attn.bias_v is not None:
+        raise ValueError(
+            "pool.attn has add_bias_kv=True, one more key and value that are not served. "
+            "Fix: build the nn.MultiheadAttention with add_bias_kv=False"
+        )
+    if attn.dropout > 0 and attn.training:
+        raise ValueError(
+            f"pool.attn.dropout is {attn.dropout} in training, but attention weights are never "
+            "dropped here. Fix: pool.attn.dropout = 0.0"
+        )
+    for name, value in eps.items():
+        if value != 1e-5:
+            raise ValueError(
+                f"pool.{name}.eps is {value}; only 1e-5 is served. Fix: pool.{name}.eps = 1e-5"
+            )
+    return PoolWeights(*weights, *affine)
+
+
+def _of_module(pool: nn.Module) -> dict[str, Any]:
+    """What the functions that take tensors want of a pool, by the names of their arguments."""
+    weights = pool_weights(pool)
+    attn: Any = pool.attn
+    return {
+        "weights": weights, "num_heads": attn.num_heads, "add_zero_attn": attn.add_zero_attn
+    }  # fmt: skip
+
+
+def _is_our_pool(pool: nn.Module) -> bool:
+    from ..modules import TextConditionedPool  # which is made of the functions of this file
+
+    return isinstance(pool, TextConditionedPool)
 
 
 def _check(
@@ -76,6 +116,13 @@ def _check(
                 f"weights.{name} must be a tensor, not {type(tensor).__name__}. Fix: build the "
                 "nn.MultiheadAttention with bias=True and kdim = vdim = embed_dim"
             )
+        if hasattr(tensor, "full_tensor"):  # without importing DTensor, which some torch lack
+            raise ValueError(
+                f"weights.{name} is sharded (a DTensor). Fix: shard the pool with the module in "
+                "whose forward it is called; or shard a TextConditionedPool on its own and then "
+                'call register_fsdp_forward_method(pool, "sigmoid_loss") for the losses and '
+                'register_fsdp_forward_method(pool, "scores") for scores and retrieval'
+            )
         shape = wanted.get(name, (dim,))
         if tuple(tensor.shape) != shape:
             raise ValueError(
@@ -93,6 +140,31 @@ def _check(
     check_same_device(
         "image_tokens", image_tokens, text_features=text_features, image_mask=image_mask
     )
+
+
+def _check_captions(captions_per_image: object) -> None:
+    if not isinstance(captions_per_image, int):
+        raise TypeError(f"captions_per_image must be an int; got {captions_per_image!r}")
+    if captions_per_image < 1:
+        raise ValueError(f"captions_per_image must be at least 1; got {captions_per_image}")
+
+
+def draw_offsets(
+    image_tokens: Tensor, captions_per_image: int, generator: torch.Generator | None
+) -> Tensor:
+    """(N, N - 1): which caption of each other image is sampled as a negative."""
+    _check_captions(captions_per_image)
+    if generator is not None and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "generator can not be drawn from in torch.compile. Fix: draw outside and pass "
+            "negative_offsets=torch.randint(K, (N, N - 1), generator=generator, "
+            "device=generator.device)"
+        )
+    num_images = image_tokens.shape[0]
+    return torch.randint(
+        captions_per_image, (num_images, max(num_images - 1, 0)), generator=generator,
+        device=image_tokens.device,
+    )  # fmt: skip
 
 
 def _choose(
@@ -243,6 +315,16 @@ def text_conditioned_scores(
         return scores
 
 
+def pool_scores(
+    pool: nn.Module, image_tokens: Tensor, text_features: Tensor, **options: Any
+) -> Tensor:
+    """`text_conditioned_scores` of a module instead of its tensors."""
+    if _is_our_pool(pool):
+        scores: Any = pool.scores
+        return scores(image_tokens, text_features, **options)
+    return text_conditioned_scores(image_tokens, text_features, **_of_module(pool), **options)
+
+
 def text_conditioned_loss_from_weights(
     image_tokens: Tensor,
     text_features: Tensor,
@@ -260,22 +342,49 @@ def text_conditioned_loss_from_weights(
     add_zero_attn: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """`text_conditioned_sigmoid_loss` on the pool's tensors instead of the module.
+    """`text_conditioned_sigmoid_loss` (FLAIR, arXiv 2412.03561, equation 5) on the pool's tensors.
 
-    For weights that live elsewhere than in a module's attributes: gathered by FSDP2, produced by
-    `torch.func.functional_call`, merged with adapters. `weights`, `num_heads` and `add_zero_attn`
-    are those of `text_conditioned_scores`; everything else is described there and in
-    `text_conditioned_sigmoid_loss`.
+    For weights that live elsewhere than in a module's attributes: gathered from shards, merged with
+    an adapter, produced by another network. Differentiable in all of them.
+
+    Args:
+        image_tokens: (N, L, D) floating point; L tokens an image.
+        text_features: (N * K, D); captions i * K to i * K + K - 1 are image i's.
+        weights: the pool's tensors: in_proj_weight (3D, D), in_proj_bias (3D,), out_proj_weight
+            (D, D) and the others (D,); any floating dtype. `pool.weights()` has a module's.
+        num_heads: attention heads; must divide D.
+        logit_scale: the multiplier itself: a float, or a tensor of one element on any device.
+        logit_bias: added to every logit; likewise.
+        captions_per_image: K.
+        negatives: "all" or "sample".
+        negative_offsets: (N, N - 1) integers in [0, K), for "sample"; default: drawn uniformly.
+        negative_only: the same columns, all negative.
+        image_mask: (N, L) bool, True = a real token.
+        generator: draws the offsets; on the device of the tokens, and not in `torch.compile`.
+        add_zero_attn: one more key and value of zeros, as in `torch.nn.MultiheadAttention`.
+        backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
+
+    Returns:
+        The loss, 0-dim float32 (float64 for float64 input); 0 for an empty batch.
+
+    Raises:
+        ValueError, TypeError: as `text_conditioned_sigmoid_loss`; weights of other shapes, on
+            another device or sharded.
+        RuntimeError: a generator in `torch.compile`.
+
+    Example:
+        >>> weights = pool.weights()
+        >>> weights = weights._replace(out_proj_weight=weights.out_proj_weight + up @ down)
+        >>> loss = text_conditioned_loss_from_weights(
+        ...     image_tokens, text_features, weights, 8, 14.3, -10.0, captions_per_image=8
+        ... )
     """
     _check(image_tokens, text_features, weights, num_heads, image_mask)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
     check_choice("negatives", negatives, ("all", "sample"))
     num_images, num_texts = image_tokens.shape[0], text_features.shape[0]
-    if not isinstance(captions_per_image, int):
-        raise TypeError(f"captions_per_image must be an int; got {captions_per_image!r}")
-    if captions_per_image < 1:
-        raise ValueError(f"captions_per_image must be at least 1; got {captions_per_image}")
+    _check_captions(captions_per_image)
     if num_texts != num_images * captions_per_image:
         raise ValueError(
             f"text_features {shape_of(text_features)} must hold captions_per_image = "
@@ -287,9 +396,7 @@ def text_conditioned_loss_from_weights(
     if negatives == "sample":
         shape = (num_images, max(num_images - 1, 0))
         if negative_offsets is None:
-            negative_offsets = torch.randint(
-                captions_per_image, shape, generator=generator, device=image_tokens.device
-            )
+            negative_offsets = draw_offsets(image_tokens, captions_per_image, generator)
         check_integer("negative_offsets", negative_offsets, shape, "(num_images, num_images - 1)")
         check_same_device("image_tokens", image_tokens, negative_offsets=negative_offsets)
         check_range(
@@ -364,7 +471,8 @@ def text_conditioned_sigmoid_loss(
     `logit_bias`. Nothing of size images x captions x dim exists, forward or backward.
 
     Args:
-        pool: a TextConditionedPool, or a published block of the same layout.
+        pool: a TextConditionedPool, or a published block of the same layout. One that FSDP2 shards
+            on its own is gathered after `register_fsdp_forward_method(pool, "sigmoid_loss")`.
         image_tokens: (N, L, D) floating point.
         text_features: (N * K, D); captions i * K to i * K + K - 1 are image i's. Dtypes as in
             `text_conditioned_scores`.
@@ -377,7 +485,8 @@ def text_conditioned_sigmoid_loss(
         negative_only: the same columns, all negative: the captions are another rank's. Image i
             then meets the columns that rank drew for its own image i, as the published ring does.
         image_mask: (N, L) bool, True = a real token.
-        generator: draws the offsets; on the device of the tokens.
+        generator: draws the offsets; on the device of the tokens. `torch.compile` can not draw from
+            one: with fullgraph=True it is refused, else that part is not compiled.
         backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
@@ -385,13 +494,21 @@ def text_conditioned_sigmoid_loss(
 
     Raises:
         ValueError: shapes, devices or dimensions that do not fit, N * K captions that are not
-            there, an unknown `negatives`, offsets with "all" or (values on the CPU) out of range.
+            there, an unknown `negatives`, offsets with "all" or (values on the CPU) out of range; a
+            pool with `add_bias_kv`, with dropout in training, with layer norms of another eps, or
+            with sharded weights.
         TypeError: tokens or features that are not floating point, a `pool` of another layout.
+        RuntimeError: a generator in `torch.compile`.
     """
-    attn: Any = getattr(pool, "attn", None)
+    options: dict[str, Any] = {
+        "captions_per_image": captions_per_image, "negatives": negatives,
+        "negative_offsets": negative_offsets, "negative_only": negative_only,
+        "image_mask": image_mask, "generator": generator, "backend": backend,
+    }  # fmt: skip
+    if _is_our_pool(pool):
+        sigmoid_loss: Any = pool.sigmoid_loss
+        return sigmoid_loss(image_tokens, text_features, logit_scale, logit_bias, **options)
     return text_conditioned_loss_from_weights(
-        image_tokens, text_features, pool_weights(pool), attn.num_heads, logit_scale, logit_bias,
-        captions_per_image=captions_per_image, negatives=negatives,
-        negative_offsets=negative_offsets, negative_only=negative_only, image_mask=image_mask,
-        generator=generator, add_zero_attn=attn.add_zero_attn, backend=backend,
+        image_tokens, text_features, logit_scale=logit_scale, logit_bias=logit_bias,
+        **_of_module(pool), **options,
     )  # fmt: skip

@@ -2,6 +2,9 @@
 
 Blocks of images meet blocks of captions, and of their scores only the best are kept, so that the
 corpus may be of any size, and may stay on the CPU or on the disk while a GPU scores it.
+
+Tokens and features are widened, normalised, projected and laid out by heads before they meet: what
+the constants below count, so that a block with all of that stays within its bytes.
 """
 
 from __future__ import annotations
@@ -20,10 +23,18 @@ from ..checks import (
     check_tensor,
     shape_of,
 )
-from ..ops.topk import streaming_topk
+from ..ops.topk import streaming_topk, streaming_topk_of_rows
 from ..reference import l2_normalize, score_dtype
-from .text_conditioned import pool_weights, text_conditioned_scores
+from .precision import of_one_dtype, without_autocast
+from .text_conditioned import pool_scores
 from .token_blocks import Rows, block_pairs, copied, scoring_device
+
+# Wide copies that are alive at once. Of tokens: keys and values, twice while they are laid out by
+# heads, and one on the way. Of features: as given, of unit length, normalised, projected.
+_COPIES_OF_TOKENS = 5
+_COPIES_OF_FEATURES = 7
+# Captions on the lists of the images that are re-ranked together.
+_LISTED = 1 << 22
 
 Best = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -41,11 +52,16 @@ def text_conditioned_topk(
     """The k best captions of each image and the k best images of each caption, streaming.
 
     By the cosines of `text_conditioned_scores`, whose full matrix is never held. The tokens, the
-    features or both may live on the CPU, pinned or memory-mapped too, while a GPU scores: it holds
-    a few blocks of 256 MB and the results. Not differentiable.
+    features or both may live on the CPU, pinned or memory-mapped too, while a GPU scores: beside
+    the results it holds at most 256 MB for each side, most of which are what is made of the tokens
+    and features, the scores of at most four million pairs and the backend's own workspace. Not
+    differentiable. Under `torch.autocast` tokens and features are taken in its dtype.
 
     Args:
         pool: a TextConditionedPool, or a published block of the same layout, where the scoring is.
+            One that FSDP2 shards on its own is gathered block by block, after
+            `register_fsdp_forward_method(pool, "scores")`; all processes then need equally many
+            blocks, or `pool.unshard()` first.
         image_tokens: (I, L, D) floating point.
         text_features: (J, D).
         k: at least 1; what the other side does not hold is left out.
@@ -68,23 +84,17 @@ def text_conditioned_topk(
         >>> (scores, captions), _ = text_conditioned_topk(pool, image_tokens, text_features, 10)
     """
     _check_k(k)
-    weights = pool_weights(pool)
-    attn: Any = pool.attn
     check_tensor("image_tokens", image_tokens, 3, "(num_images, tokens, dim)")
     check_tensor("text_features", text_features, 2, "(num_texts, dim)")
     check_same_dim("image_tokens", image_tokens, "text_features", text_features)
     _check_image_mask("image_tokens", image_tokens, image_mask)
     scores_on = scoring_device(device, image_tokens, text_features)
-    images = Rows({"image_tokens": image_tokens, "image_mask": image_mask})
-    texts = Rows({"text_features": text_features})
+    images = Rows({"image_tokens": image_tokens, "image_mask": image_mask}, _COPIES_OF_TOKENS)
+    texts = Rows({"text_features": text_features}, _COPIES_OF_FEATURES)
 
     def tiles() -> Iterator[tuple[slice, slice, Tensor]]:
         for some_images, some_texts, arguments in block_pairs(images, texts, scores_on):
-            scores = text_conditioned_scores(
-                **arguments, weights=weights, num_heads=attn.num_heads,
-                add_zero_attn=attn.add_zero_attn, backend=backend,
-            )  # fmt: skip
-            yield some_images, some_texts, scores
+            yield some_images, some_texts, pool_scores(pool, **arguments, backend=backend)
 
     like = _like(scores_on, image_tokens, text_features)
     with torch.no_grad():
@@ -103,8 +113,10 @@ class _Corpus(NamedTuple):
 
     def whole(self, images: dict[str, Any], texts: dict[str, Any]) -> Tensor:
         """Logits (I, J) of the whole images and the whole captions."""
-        unit_images = _unit(images["whole_image_features"])
-        cosines = unit_images @ _unit(texts["whole_text_features"]).T
+        features = images["whole_image_features"], texts["whole_text_features"]
+        unit_images, unit_texts = map(_unit, of_one_dtype(*features))
+        with without_autocast(unit_images):
+            cosines = unit_images @ unit_texts.T
         return _logits(cosines, self.logits["whole_logit_scale"], self.logits["whole_logit_bias"])
 
     def part(
@@ -116,11 +128,9 @@ class _Corpus(NamedTuple):
         if index is not None:
             index = index[:, :, None] * count + torch.arange(count, device=index.device)
             index = index.flatten(1)
-        attn: Any = self.pool.attn
-        cosines = text_conditioned_scores(
-            images["fine_tokens"], _unit(parts).flatten(0, 1), pool_weights(self.pool),
-            attn.num_heads, add_zero_attn=attn.add_zero_attn, image_mask=images["image_mask"],
-            text_index=index, backend=self.backend,
+        cosines = pool_scores(
+            self.pool, images["fine_tokens"], _unit(parts).flatten(0, 1),
+            image_mask=images["image_mask"], text_index=index, backend=self.backend,
         )  # fmt: skip
         cosines = cosines.unflatten(1, (-1, count)).mean(dim=2)
         return _logits(cosines, self.logits["logit_scale"], self.logits["logit_bias"])
@@ -151,7 +161,8 @@ def hierarchical_scores(
     The whole logit compares the whole image's feature with the whole caption's, a part's logit is
     that of `text_conditioned_scores` over the fine tokens; both are scale * cosine + bias. Part
     features are brought to unit length first, before the pool's LN_q too, as CAFT does when it
-    evaluates (it does not when it trains).
+    evaluates (it does not when it trains). Under `torch.autocast` tokens and features are taken in
+    its dtype, and the rest is float32.
 
     Args:
         pool: a TextConditionedPool, or a published block of the same layout.
@@ -204,6 +215,10 @@ def hierarchical_topk(
     equal ones the lower index is taken. That list is made per image and serves both directions: all
     other pairs rank last, with -inf, as in CAFT's evaluation (which takes 16).
 
+    Memory is bounded as in `text_conditioned_topk`, with any shortlist: no more captions are taken
+    to the device at once than fit a block, and the lists of some images with at most four million
+    captions in all are at work at once, another 256 MB.
+
     Args:
         k: at least 1; what the other side does not hold is left out.
         shortlist: captions an image; None scores every pair in full.
@@ -246,28 +261,51 @@ def _shortlisted(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Tiles that are -inf but where a caption is on the image's list."""
     num_texts = corpus.texts.items
-    whole_texts = Rows({"whole_text_features": corpus.texts.arguments["whole_text_features"]})
-    part_features = corpus.texts.arguments["part_features"]
-    assert part_features is not None
-    for some_images in corpus.images.blocks():
+    whole_texts = Rows(
+        {"whole_text_features": corpus.texts.arguments["whole_text_features"]}, _COPIES_OF_FEATURES
+    )
+    most = max(_LISTED // max(min(shortlist, num_texts), 1), 1)
+    for some_images in corpus.images.blocks(most):
         images = corpus.images.on(device, some_images)
         count = some_images.stop - some_images.start
         wholes = (
-            (slice(0, count), some_texts, corpus.whole(images, whole_texts.on(device, some_texts)))
+            (some_texts, corpus.whole(images, whole_texts.on(device, some_texts)))
             for some_texts in whole_texts.blocks()
         )
-        whole, index, _, _ = streaming_topk((count, num_texts), shortlist, wholes, like)
-        # Only the captions that are on a list travel, each once.
-        chosen, place = index.unique(return_inverse=True)
-        parts = copied(part_features[chosen.to(part_features.device)], device)
-        part = corpus.part(images, {"part_features": parts}, place)
-        blended = corpus.blend(whole, part)
+        whole, index = streaming_topk_of_rows((count, num_texts), shortlist, wholes, like)
+        blended = corpus.blend(whole, _listed_parts(corpus, device, images, index, like))
         for some_texts in whole_texts.blocks():
             tile = like.new_full((count, some_texts.stop - some_texts.start), -torch.inf)
             inside = (index >= some_texts.start) & (index < some_texts.stop)
             row, column = inside.nonzero(as_tuple=True)
             tile[row, index[row, column] - some_texts.start] = blended[row, column]
             yield some_images, some_texts, tile
+
+
+def _listed_parts(
+    corpus: _Corpus, device: torch.device, images: dict[str, Any], index: Tensor, like: Tensor
+) -> Tensor:
+    """What `_Corpus.part` gives for the captions on the images' lists `index`.
+
+    Some images at a time: only the captions on their lists travel, each once, and are no more than
+    a block holds. The list of one image may be longer: then it is cut.
+    """
+    part_features = corpus.texts.arguments["part_features"]
+    assert part_features is not None
+    fitting = Rows({"part_features": part_features}, _COPIES_OF_FEATURES).fitting
+    count, length = index.shape
+    columns = max(min(fitting, length), 1)
+    rows = max(fitting // columns, 1)
+    part = like.new_empty(count, length)
+    for first in range(0, count, rows):
+        some = slice(first, first + rows)
+        some_images = {name: None if x is None else x[some] for name, x in images.items()}
+        for column in range(0, length, columns):
+            listed = some, slice(column, column + columns)
+            chosen, place = index[listed].unique(return_inverse=True)
+            parts = copied(part_features[chosen.to(part_features.device)], device)
+            part[listed] = corpus.part(some_images, {"part_features": parts}, place)
+    return part
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -364,8 +402,12 @@ def _corpus(
             "fine_tokens": fine_tokens,
             "image_mask": image_mask,
             "whole_image_features": whole_image_features,
-        }
+        },
+        _COPIES_OF_TOKENS,
     )
-    texts = Rows({"part_features": part_features, "whole_text_features": whole_text_features})
+    texts = Rows(
+        {"part_features": part_features, "whole_text_features": whole_text_features},
+        _COPIES_OF_FEATURES,
+    )
     corpus = _Corpus(pool, images, texts, alpha, logits, backend)
     return corpus, scoring_device(device, fine_tokens, part_features)

@@ -1,7 +1,7 @@
 """Tokens and features of any number, wherever they live, in blocks on the device that scores.
 
 What is on the device is bounded by the constants below, whatever the size of the corpus: at most
-two blocks of each side, one in use and one on its way.
+two blocks of each side, one in use and one on its way, and what scoring makes of the one in use.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,15 +19,18 @@ from torch import Tensor
 from ..checks import shape_of
 
 # Of one block. Four million scores, and enough work between two copies to hide them: 256 MB are
-# about a thousand long captions (248 tokens of 512 half-precision channels).
+# about a thousand long captions (248 tokens of 512 half-precision channels), or four hundred images
+# (64 such tokens) whose keys and values are made.
 _BLOCK_ITEMS = 1 << 11
 _BLOCK_BYTES = 1 << 28
 
 
-class Rows(NamedTuple):
+@dataclass  # torch 2.6 can not compile the properties of a NamedTuple
+class Rows:
     """Tensors with one row for each item, wherever they live: features, padded tokens, a mask."""
 
     arguments: dict[str, Tensor | None]  # by the name under which the scoring function takes them
+    wide_copies: int = 0  # that scoring makes of a block, in float32 or wider: they count with it
 
     @property
     def _tensors(self) -> list[Tensor]:
@@ -40,10 +44,18 @@ class Rows(NamedTuple):
     def items(self) -> int:
         return self._tensors[0].shape[0]
 
-    def blocks(self) -> Iterator[slice]:
-        """All items, in order, in blocks within the limits, but of at least one item."""
-        size = sum(x.shape[1:].numel() * x.element_size() for x in self._tensors)
-        step = max(min(_BLOCK_ITEMS, _BLOCK_BYTES // max(size, 1)), 1)
+    @property
+    def fitting(self) -> int:
+        """How many items the bytes of a block are enough for; at least one."""
+        size = sum(
+            x.shape[1:].numel() * (x.element_size() + self.wide_copies * max(x.element_size(), 4))
+            for x in self._tensors
+        )
+        return max(_BLOCK_BYTES // max(size, 1), 1)
+
+    def blocks(self, most: int = _BLOCK_BYTES) -> Iterator[slice]:
+        """All items, in order, in blocks within the limits and `most`, but of at least one item."""
+        step = min(_BLOCK_ITEMS, self.fitting, most)
         if 0 < self.items <= step:
             # torch.compile takes the number of items for a constant of the loop below.
             yield slice(0, self.items)
@@ -139,14 +151,15 @@ def block_pairs(
     In row-major order, or in column-major order where that copies each text to the device only
     once, because the images are there already.
     """
-    swap = images.device == device != texts.device
-    travels = not images.device == texts.device == device
+    images_at, texts_at = images.device, texts.device
+    swap = images_at == device and texts_at != device
+    travels = images_at != device or texts_at != device
     outer, inner = (texts, images) if swap else (images, texts)
     scored: deque[torch.cuda.Event] = deque()
     for outer_items in outer.blocks():
         outer_arguments = outer.on(device, outer_items)
         for inner_items in inner.blocks():
-            arguments = outer_arguments | inner.on(device, inner_items)
+            arguments = {**outer_arguments, **inner.on(device, inner_items)}
             if swap:
                 yield inner_items, outer_items, arguments
             else:

@@ -47,6 +47,24 @@ def _merge(values: Tensor, indices: Tensor, tile: Tensor, first: int, k: int) ->
     indices[:, :kept] = indices_now.gather(1, order[:, :kept])
 
 
+def _slots(items: int, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty((items, k), dtype=like.dtype, device=like.device),
+        torch.empty((items, k), dtype=torch.long, device=like.device),
+    )
+
+
+def streaming_topk_of_rows(
+    shape: tuple[int, int], k: int, tiles: Iterable[tuple[slice, Tensor]], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(values, indices) of each row's k best columns; the tiles (columns, scores) have all rows."""
+    num_rows, num_columns = shape
+    values, indices = _slots(num_rows, min(k, num_columns), like)
+    for columns, scores in tiles:
+        _merge(values, indices, scores, columns.start, k)
+    return values, indices
+
+
 def streaming_topk(
     shape: tuple[int, int],
     k: int,
@@ -63,16 +81,8 @@ def streaming_topk(
         like: gives device and dtype.
     """
     num_rows, num_columns = shape
-
-    def slots(items: int, others: int) -> tuple[Tensor, Tensor]:
-        size = (items, min(k, others))
-        return (
-            torch.empty(size, dtype=like.dtype, device=like.device),
-            torch.empty(size, dtype=torch.long, device=like.device),
-        )
-
-    row_values, row_indices = slots(num_rows, num_columns)
-    column_values, column_indices = slots(num_columns, num_rows)
+    row_values, row_indices = _slots(num_rows, min(k, num_columns), like)
+    column_values, column_indices = _slots(num_columns, min(k, num_rows), like)
     for rows, columns, scores in tiles:
         _merge(row_values[rows], row_indices[rows], scores, columns.start, k)
         _merge(column_values[columns], column_indices[columns], scores.T, rows.start, k)

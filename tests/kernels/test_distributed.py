@@ -18,8 +18,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fastgoal_kernels import distributed
-from fastgoal_kernels.modules import ClipLoss, SigLipLoss
+from fastgoal_kernels import distributed, reference, text_conditioned_sigmoid_loss
+from fastgoal_kernels.modules import (
+    ClipLoss,
+    HierarchicalAlignmentLoss,
+    SigLipLoss,
+    TextConditionedPool,
+)
 
 WORLD = 3  # an odd ring; ranks 0 and 1 also form a group of two, an even one
 IMAGES, CAPTIONS, DIM = 5, 2, 4
@@ -39,6 +44,9 @@ SIGMOID_CASES = [
     )
 ]
 FROZEN = ("none", "image", "text")
+POOLED = ("all", "sample", "masked")
+SHARDED = ("text_conditioned_sigmoid_loss", "HierarchicalAlignmentLoss", "over ranks")
+CAN_SHARD = hasattr(torch.cpu.Stream, "record_event")  # else this torch has FSDP2 on CUDA only
 
 
 def features(rank: int, frozen: str, captions: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +64,49 @@ def results(loss, image, text, scale, bias) -> list[torch.Tensor | None]:
 def scalars() -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.tensor([SCALE, BIAS], dtype=torch.float64)
     return values[0].clone().requires_grad_(), values[1].clone().requires_grad_()
+
+
+def make_pool() -> TextConditionedPool:
+    pool = TextConditionedPool(DIM, 2).double()
+    generator = torch.Generator().manual_seed(100)
+    with torch.no_grad():
+        for parameter in pool.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return pool
+
+
+def pooled_batch(rank: int, frozen: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (IMAGES, 3, DIM) and the features of CAPTIONS captions each."""
+    generator = torch.Generator().manual_seed(10 + rank)
+    tokens = torch.randn(IMAGES, 3, DIM, dtype=torch.float64, generator=generator)
+    text = torch.randn(IMAGES * CAPTIONS, DIM, dtype=torch.float64, generator=generator)
+    return tokens.requires_grad_(frozen != "image"), text.requires_grad_(frozen != "text")
+
+
+def pooled_options(rank: int, case: str) -> dict:
+    """Keywords of the loss of the whole batch; a rank's share of what differs by rank."""
+    generator = torch.Generator().manual_seed(20 + rank)
+    options: dict = {"captions_per_image": CAPTIONS}
+    if case == "sample":
+        offsets = torch.randint(CAPTIONS, (IMAGES, IMAGES - 1), generator=generator)
+        options |= {"negatives": "sample", "negative_offsets": offsets}
+    if case == "masked":
+        options["image_mask"] = torch.rand(IMAGES, 3, generator=generator) < 0.7
+    return options
+
+
+def pool_loss(name: str, pool: TextConditionedPool, group, *batch: torch.Tensor) -> torch.Tensor:
+    """A loss that takes a pool, by its name in SHARDED."""
+    tokens, text = batch
+    if name == "HierarchicalAlignmentLoss":
+        whole = tokens[:, 0], tokens[:, 1], SCALE, BIAS, SCALE, BIAS
+        return HierarchicalAlignmentLoss(CAPTIONS)(pool, tokens, tokens[:, 2], text, *whole)
+    options: dict = {"captions_per_image": CAPTIONS}
+    if name == "over ranks":
+        return distributed.text_conditioned_sigmoid_loss(
+            pool, tokens, text, SCALE, BIAS, group=group, **options
+        )
+    return text_conditioned_sigmoid_loss(pool, tokens, text, SCALE, BIAS, **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -84,6 +135,15 @@ def run_rank(rank: int, folder: Path) -> None:
                 inputs = (*features(rank, frozen, case["captions_per_image"]), *scalars())
                 loss = distributed.sigmoid_contrastive_loss(*inputs, **case, group=group)
                 out["sigmoid", size, frozen, number] = results(loss, *inputs)
+            for case in POOLED:
+                pool, inputs = make_pool(), (*pooled_batch(rank, frozen), *scalars())
+                loss = distributed.text_conditioned_sigmoid_loss(
+                    pool, *inputs, **pooled_options(rank, case), group=group
+                )
+                found = results(loss, *inputs) + [p.grad for p in pool.parameters()]
+                out["pooled", size, frozen, case] = found
+        if size == 2 and CAN_SHARD:
+            out |= run_sharded(rank, group)
     image, text = features(rank, "none")
     clip = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=WORLD)
     siglip = SigLipLoss(rank=rank, world_size=WORLD, dist_impl="shift")
@@ -98,6 +158,29 @@ def run_rank(rank: int, folder: Path) -> None:
     torch.save(out, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_sharded(rank: int, group) -> dict:
+    """A pool that FSDP2 shards on its own, before and after its methods are registered."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    out: dict = {}
+    for name in SHARDED:
+        pool, batch = make_pool(), pooled_batch(rank)
+        fully_shard(pool, mesh=DeviceMesh.from_group(group, "cpu"))
+        try:
+            pool_loss(name, pool, group, *batch)
+        except ValueError as error:
+            out["refused", name] = str(error)
+        register_fsdp_forward_method(pool, "sigmoid_loss")
+        loss = pool_loss(name, pool, group, *batch)
+        loss.backward()
+        grads = [x.grad for x in batch] + [p.grad.full_tensor() for p in pool.parameters()]
+        out["sharded", name] = [loss.detach(), *grads]
+        register_fsdp_forward_method(pool, "scores")
+        out["sharded", "scores", name] = pool.scores(*batch).detach()
+    return out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,6 +303,89 @@ def test_sigmoid_loss_over_ranks(ranks, number, size, frozen):
     case = SIGMOID_CASES[number]
     expected = expected_sigmoid(size, frozen, case["captions_per_image"], case["average_over"])
     assert_ranks_match(ranks, ("sigmoid", size, frozen, number), expected)
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("size", [WORLD, 2])
+@pytest.mark.parametrize("case", ["all", "masked"])
+def test_text_conditioned_loss_over_ranks_averages_to_that_of_the_whole_batch(
+    ranks, case, size, frozen
+):
+    towers = [pooled_batch(rank, frozen) for rank in range(size)]
+    tokens, text = (torch.cat(side) for side in zip(*towers, strict=True))
+    options = [pooled_options(rank, case) for rank in range(size)]
+    keywords = {"captions_per_image": CAPTIONS}
+    if case == "masked":
+        keywords["image_mask"] = torch.cat([x["image_mask"] for x in options])
+    pool, (scale, bias) = make_pool(), scalars()
+    whole = text_conditioned_sigmoid_loss(
+        pool, tokens, text, scale, bias, **keywords, backend="reference"
+    )
+    whole.backward()
+    found = [rank["pooled", size, frozen, case] for rank in ranks[:size]]
+    exact = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(sum(x[0] for x in found) / size, whole.detach(), **exact)
+    for (image, text), got in zip(towers, found, strict=True):  # each rank's own rows
+        for tensor, grad in zip((image, text), got[1:3], strict=True):
+            expected = None if tensor.grad is None else tensor.grad * size
+            torch.testing.assert_close(grad, expected, **exact)
+    for place, shared in enumerate((scale, bias, *pool.parameters()), start=3):
+        torch.testing.assert_close(sum(x[place] for x in found) / size, shared.grad, **exact)
+
+
+@pytest.mark.parametrize("size", [WORLD, 2])
+def test_sampled_text_conditioned_loss_over_ranks_is_the_published_ring(ranks, size):
+    """Own columns with their positives, and the columns that each other rank drew, all negative."""
+    towers = [pooled_batch(rank) for rank in range(size)]
+    options = [pooled_options(rank, "sample") for rank in range(size)]
+    pools, shared, losses = [make_pool() for _ in range(size)], [], []
+    for rank, (tokens, _) in enumerate(towers):
+        shared.append(scalars())
+        losses.append(sum(
+            reference.text_conditioned_sigmoid_loss(
+                tokens, text, pools[rank].weights(), 2, *shared[rank],
+                captions_per_image=CAPTIONS, negative_only=other != rank,
+                negative_offsets=options[other]["negative_offsets"],
+            )
+            for other, (_, text) in enumerate(towers)
+        ))  # fmt: skip
+    sum(losses).backward()
+    for rank in range(size):
+        wanted = [losses[rank], *(x.grad for x in (*towers[rank], *shared[rank]))]
+        wanted += [p.grad for p in pools[rank].parameters()]
+        found = ranks[rank]["pooled", size, "none", "sample"]
+        for got, value in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, value.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.skipif(not CAN_SHARD, reason="this torch has FSDP2 on CUDA only")
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_pool_sharded_on_its_own_trains_once_it_is_registered(ranks, name):
+    """Every rank's loss of its own batch; the gradients of the pool are the ranks' mean."""
+    towers, pool = [pooled_batch(rank) for rank in range(2)], make_pool()
+    if name == "over ranks":  # the ranks' mean is the loss of the whole batch
+        tokens, text = (torch.cat(side) for side in zip(*towers, strict=True))
+        loss = text_conditioned_sigmoid_loss(
+            pool, tokens, text, SCALE, BIAS, captions_per_image=CAPTIONS
+        )
+        losses = [loss, loss]
+    else:
+        losses = [pool_loss(name, pool, None, *batch) for batch in towers]
+    (sum(losses) / 2).backward()
+    found = [rank["sharded", name] for rank in ranks[:2]]
+    torch.testing.assert_close(sum(x[0] for x in found) / 2, (sum(losses) / 2).detach())
+    for batch, got in zip(towers, found, strict=True):
+        for tensor, grad in zip(batch, got[1:3], strict=True):
+            assert tensor.grad is not None
+            torch.testing.assert_close(grad, 2 * tensor.grad, rtol=1e-10, atol=1e-12)
+        for parameter, grad in zip(pool.parameters(), got[3:], strict=True):
+            torch.testing.assert_close(grad, parameter.grad, rtol=1e-10, atol=1e-12)
+    for rank, batch in enumerate(towers):
+        message = ranks[rank]["refused", name]
+        assert "weights.in_proj_weight is sharded (a DTensor). Fix: " in message
+        assert 'register_fsdp_forward_method(pool, "sigmoid_loss")' in message
+        scores = ranks[rank]["sharded", "scores", name]
+        torch.testing.assert_close(scores, pool.scores(*batch).detach())
 
 
 @pytest.mark.parametrize("local_loss", [False, True])

@@ -9,8 +9,15 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from fastgoal_kernels import modules, reference
+from fastgoal_kernels import (
+    PoolWeights,
+    modules,
+    reference,
+    text_conditioned_loss_from_weights,
+    text_conditioned_topk,
+)
 from fastgoal_kernels.functional.maxsim import maxsim_contrastive_loss
 from fastgoal_kernels.functional.text_conditioned import text_conditioned_sigmoid_loss
 from fastgoal_kernels.modules import (
@@ -136,9 +143,9 @@ class Step(nn.Module):
     not torch.cuda.is_available() and not hasattr(torch.cpu.Stream, "record_event"),
     reason="this torch has FSDP2 on CUDA only",
 )
-@pytest.mark.parametrize("where", ["root", "pool"])
+@pytest.mark.parametrize("where", ["root", "scores", "loss", "pool and root"])
 def test_sharded_weights_train(one_process, where):
-    """FSDP2: as part of a sharded module, or sharded itself with `scores` among its forwards."""
+    """FSDP2: as part of a sharded module, or sharded itself with its methods among its forwards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -152,14 +159,50 @@ def test_sharded_weights_train(one_process, where):
         losses = [step(tokens, text) for step in (whole, sharded)]
     else:
         fully_shard(sharded.pool, mesh=mesh)
+        if where == "pool and root":  # as an automatic wrapping does it
+            fully_shard(sharded, mesh=mesh)
+        register_fsdp_forward_method(sharded.pool, "sigmoid_loss")
         register_fsdp_forward_method(sharded.pool, "scores")
-        losses = [step.pool.scores(tokens, text).sum() for step in (whole, sharded)]
+        if where == "scores":
+            losses = [step.pool.scores(tokens, text).sum() for step in (whole, sharded)]
+        else:
+            losses = [step(tokens, text) for step in (whole, sharded)]
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
     for (name, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None, name
         torch.testing.assert_close(a.grad, b.grad.full_tensor(), msg=name)  # type: ignore[attr-defined]
+
+
+def test_adapted_weights_of_a_subclass_are_those_that_score_and_train():
+    """`weights` is where a subclass changes them; or they are given as they are, with no module."""
+
+    class Doubled(TextConditionedPool):
+        def weights(self) -> PoolWeights:
+            weights = super().weights()
+            return weights._replace(out_proj_bias=2 * weights.out_proj_bias)
+
+    torch.manual_seed(4)
+    pool, by_hand = Doubled(6, 2).double(), TextConditionedPool(6, 2).double()
+    nn.init.normal_(pool.attn.out_proj.bias)
+    by_hand.load_state_dict(pool.state_dict())
+    with torch.no_grad():
+        by_hand.attn.out_proj.bias.mul_(2)
+    tokens, text = randn(3, 4, 6), randn(6, 6)
+    assert torch.equal(pool.scores(tokens, text), by_hand.scores(tokens, text))
+    ours, wanted = (
+        text_conditioned_sigmoid_loss(x, tokens, text, 3.0, -1.0, captions_per_image=2)
+        for x in (pool, by_hand)
+    )
+    assert torch.equal(ours, wanted)
+    given = text_conditioned_loss_from_weights(
+        tokens, text, pool.weights(), 2, 3.0, -1.0, captions_per_image=2
+    )
+    assert torch.equal(given, wanted)
+    best = (text_conditioned_topk(x, tokens, text, 2) for x in (pool, by_hand))
+    for ours, wanted in zip(*map(tree_leaves, best), strict=True):
+        assert torch.equal(ours, wanted)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,6 +350,23 @@ def test_hierarchical_alignment_loss_samples_when_asked():
         pool, tokens, part, scale, bias, captions_per_image=3, negatives="sample"
     )
     assert torch.equal(got["text_conditioned_loss"], expected)
+
+
+def test_hierarchical_alignment_loss_hands_on_what_is_the_pools():
+    pool = TextConditionedPool(6, 2).double()
+    tokens, _, part, *_, scale, bias, _, _ = arguments = hierarchical_arguments(4)
+    mask = torch.tensor([[1, 1, 0, 1, 0]] * 4) > 0
+    offsets = torch.randint(3, (4, 3), generator=torch.Generator().manual_seed(5))
+    expected = reference.text_conditioned_sigmoid_loss(
+        tokens, part, pool.weights(), 2, scale, bias, captions_per_image=3, image_mask=mask,
+        negative_offsets=offsets,
+    )  # fmt: skip
+    loss = HierarchicalAlignmentLoss(3, "sample")
+    for given in (
+        {"negative_offsets": offsets}, {"generator": torch.Generator().manual_seed(5)}
+    ):  # fmt: skip
+        parts = loss(pool, *arguments, output_dict=True, image_mask=mask, **given)
+        torch.testing.assert_close(parts["text_conditioned_loss"], expected, **EXACT)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgoal_kernels import reference
+from fastgoal_kernels import hierarchical_scores, reference, text_conditioned_topk
 from fastgoal_kernels.functional import text_conditioned as functional
 from fastgoal_kernels.functional.text_conditioned import (
     text_conditioned_loss_from_weights,
@@ -149,6 +149,37 @@ def test_loss_is_the_reference(
 # ---------------------------------------------------------------------------------------------
 # Against the published loss
 # ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "length", "captions"),
+    [(16, 32, 65, 513), (1, 128, 576, 129), (3, 48, 63, 130), (4, 96, 1, 3)],
+)
+def test_sizes_of_models(device, heads, head_dim, length, captions):
+    """Scores and loss at the widths, tokens and captions that people have."""
+    torch.manual_seed(3)
+    dim = heads * head_dim
+    pool = random_pool(dim, heads, device)
+    tokens = randn(3, length, dim, device=device, grad=True)
+    text = randn(captions, dim, device=device, grad=True)
+    mask = torch.rand(3, length, device=device) < 0.7
+    mask[1] = False
+    inputs = [tokens, text, *pool.parameters()]
+    ours, wanted = (
+        pool.scores(tokens, text, image_mask=mask, backend=backend)
+        for backend in (None, "reference")
+    )
+    assert_same_with_gradients(ours, wanted, inputs)
+    captions_per_image = captions // 3
+    ours, wanted = (
+        text_conditioned_sigmoid_loss(
+            pool, tokens, text[: 3 * captions_per_image], 10.0, -1.0, image_mask=mask,
+            captions_per_image=captions_per_image, backend=backend,
+        )
+        for backend in (None, "reference")
+    )  # fmt: skip
+    assert_same_with_gradients(ours, wanted, inputs)
 
 
 def published_loss(
@@ -307,6 +338,26 @@ def test_nothing_of_size_images_x_captions_x_dim_exists(sample):
     assert bound < images * columns * dim / 2, "too small a case to tell"
     for largest in (around, forward, backward):
         assert largest.elements <= max(bound, image_tokens.numel() * 10 // 9, images * columns)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_nor_does_it_inside_the_loss(sample):
+    """Whose engine, of its own, makes the gradients in the forward."""
+    torch.manual_seed(4)
+    images, dim = 96, 32
+    shapes = [(512, dim), (images, 9, dim), *[(dim, dim), (dim,)] * 2, (512, dim), (dim, dim)]
+    inputs = [randn(*shape, dtype=torch.float32) for shape in (*shapes, (dim,))]
+    index = torch.randint(0, 512, (images, 480)) if sample else None
+    scalars = torch.tensor(5.0), torch.tensor(-1.0)
+    given = loss_engine.Inputs(*inputs, *scalars, None, index, 4, True, 0 if sample else 5)
+    columns = 480 if sample else 512
+    bound = 1 << 17
+    assert bound < images * columns * dim / 8, "too small a case to tell"
+    budgets = dict.fromkeys(("cpu", "cuda"), bound)
+    with pytest.MonkeyPatch.context() as patch, LargestTensor() as largest:
+        patch.setattr(loss_engine, "_BLOCK_ELEMENTS", budgets)
+        loss_engine.loss_and_gradients(given, loss_engine.Need(*[True] * 11))
+    assert 0 < largest.elements <= max(bound, inputs[1].numel())
 
 
 @pytest.mark.parametrize("locked", ["image", "text", "pool", "tokens and text"])
@@ -801,6 +852,97 @@ def test_other_bad_input_is_named():
         without_bias.scores(tokens, text)
     with pytest.raises(ValueError, match="num_heads must divide"):
         text_conditioned_scores(tokens, text, pool.weights(), 3)
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter around it, as PEFT makes them: its weight is not all there is."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+
+def set_eps(pool: TextConditionedPool) -> None:
+    pool.ln_k.eps = 1e-6
+
+
+def set_bias_kv(pool: TextConditionedPool) -> None:
+    pool.attn = nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True)
+
+
+def set_dropout(pool: TextConditionedPool) -> None:
+    pool.attn.dropout = 0.1
+
+
+def set_adapter(pool: TextConditionedPool) -> None:
+    pool.attn.out_proj = Adapted(pool.attn.out_proj)  # type: ignore[assignment]
+
+
+def set_adapted_attention(pool: TextConditionedPool) -> None:
+    pool.attn = Adapted(pool.attn)  # type: ignore[assignment]
+
+
+SETTINGS = {
+    set_eps: (ValueError, r"pool.ln_k.eps is 1e-06; only 1e-5 .* Fix: pool.ln_k.eps = 1e-5"),
+    set_bias_kv: (ValueError, r"pool.attn has add_bias_kv=True.* Fix: build .*add_bias_kv=False"),
+    set_dropout: (ValueError, r"pool.attn.dropout is 0.1 in training.* Fix: pool.attn.dropout = 0"),
+    set_adapter: (TypeError, r"not a MultiheadAttention with a Adapted, .* Fix: merge the adapter"),
+    set_adapted_attention: (TypeError, r"not a Adapted with a .* Fix: merge the adapter"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_that_changes_what_is_pooled_is_refused(setting):
+    pool, tokens, text = TextConditionedPool(8, 2), torch.ones(2, 3, 8), torch.ones(4, 8)
+    setting(pool)
+    error, message = SETTINGS[setting]
+    logits = 1.0, 0.0, 1.0, 0.0
+    for call in (
+        lambda: text_conditioned_sigmoid_loss(pool, tokens, text, 1.0, 0.0, captions_per_image=2),
+        lambda: pool.scores(tokens, text),
+        lambda: text_conditioned_topk(pool, tokens, text, 1),
+        lambda: hierarchical_scores(pool, tokens, text[:, None], tokens[:, 0], text, *logits),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_dropout_that_drops_nothing_is_served():
+    pool, tokens, text = TextConditionedPool(8, 2), torch.ones(2, 3, 8), torch.randn(4, 8)
+    expected = pool.scores(tokens, text)
+    pool.attn.dropout = 0.1
+    assert torch.equal(pool.eval().scores(tokens, text), expected)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+def test_a_generator_in_torch_compile_is_refused_or_drawn_from_outside(fullgraph):
+    torch._dynamo.reset()
+    pool, tokens, text = random_pool(6, 2), randn(4, 3, 6), randn(8, 6)
+
+    def loss(tokens: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+        return 2 * text_conditioned_sigmoid_loss(
+            pool, 2 * tokens, text, 5.0, -1.0, captions_per_image=2, negatives="sample",
+            generator=generator,
+        )  # fmt: skip
+
+    def run(function: Callable[..., Tensor]) -> Tensor:
+        return function(tokens, text, torch.Generator().manual_seed(3))
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=fullgraph)
+    if fullgraph:
+        message = r"generator can not be drawn from in torch.compile. Fix: draw outside and pass"
+        # Torch 2.6 names the line that raised, and not what it said.
+        with pytest.raises(Exception, match=f"{message}|Observed exception"):
+            run(compiled)
+    else:
+        torch.testing.assert_close(run(compiled), run(loss))
 
 
 def test_a_bad_text_index_that_nobody_looked_at_reads_nothing_outside(monkeypatch):

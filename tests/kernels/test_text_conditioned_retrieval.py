@@ -6,6 +6,7 @@ way of the tensors is at stake: what mixes it with the CPU is an error there.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from fastgoal_kernels import (
     reference,
     text_conditioned_topk,
 )
+from fastgoal_kernels.functional import text_conditioned_retrieval as retrieval
 from fastgoal_kernels.functional import token_blocks
 from fastgoal_kernels.functional.token_blocks import Rows
 
@@ -173,10 +175,11 @@ def test_hierarchical_scores_are_the_plain_formula(backend, alpha):
 @given(
     seed=st.integers(0, 2**31), images=st.integers(0, 5), texts=st.integers(0, 7),
     parts=st.integers(1, 3), k=st.integers(1, 8), shortlist=st.none() | st.integers(1, 8),
-    masked=st.booleans(), items=st.integers(1, 4),
+    masked=st.booleans(), items=st.integers(1, 4), size=st.sampled_from([1, 5000, 1 << 20]),
+    listed=st.sampled_from([1, 6, 1 << 22]),
 )  # fmt: skip
 def test_hierarchical_topk_is_the_reference_whatever_the_blocks(
-    home, text_home, device, seed, images, texts, parts, k, shortlist, masked, items
+    home, text_home, device, seed, images, texts, parts, k, shortlist, masked, items, size, listed
 ):
     torch.manual_seed(seed)
     pool, corpus = random_pool(6, 2, device), make_corpus(images, texts, parts)
@@ -193,6 +196,8 @@ def test_hierarchical_topk_is_the_reference_whatever_the_blocks(
     corpus = {name: x.to(at) for (name, x), at in zip(corpus.items(), homes, strict=True)}
     with pytest.MonkeyPatch.context() as monkeypatch:
         small_blocks(monkeypatch, items)
+        monkeypatch.setattr(token_blocks, "_BLOCK_BYTES", size)
+        monkeypatch.setattr(retrieval, "_LISTED", listed)
         got = hierarchical_topk(
             pool, **corpus, **SCALES, k=k, shortlist=shortlist, device=device,
             image_mask=None if mask is None else mask.to(home),
@@ -203,18 +208,119 @@ def test_hierarchical_topk_is_the_reference_whatever_the_blocks(
 def test_a_shortlist_scores_no_other_pair(monkeypatch):
     """16 texts an image of 64: the parts of the others are never pooled."""
     torch.manual_seed(3)
-    from fastgoal_kernels.functional import text_conditioned_retrieval as retrieval
-
     scored = []
-    original = retrieval.text_conditioned_scores
+    original = retrieval.pool_scores
 
-    def counting(tokens: Tensor, features: Tensor, *args: Any, text_index: Tensor, **kw: Any):
+    def counting(*args: Any, text_index: Tensor, **kw: Any):
         scored.append(text_index.numel())
-        return original(tokens, features, *args, text_index=text_index, **kw)
+        return original(*args, text_index=text_index, **kw)
 
-    monkeypatch.setattr(retrieval, "text_conditioned_scores", counting)
+    monkeypatch.setattr(retrieval, "pool_scores", counting)
     hierarchical_topk(random_pool(6, 2), **make_corpus(9, 64), **SCALES, k=3, shortlist=16)
-    assert sum(scored) == 9 * 16 * 4
+    assert scored == [9 * 16 * 4]
+    # However the lists are cut: nothing is padded.
+    for size, calls in ((1 << 17, 2), (1 << 13, 36)):
+        scored.clear()
+        monkeypatch.setattr(token_blocks, "_BLOCK_BYTES", size)
+        hierarchical_topk(random_pool(6, 2), **make_corpus(9, 64), **SCALES, k=3, shortlist=16)
+        assert sum(scored) == 9 * 16 * 4 and len(scored) == calls
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_only_the_inputs_are_rounded(device, dtype):
+    """Whole logits of scale 100 that differ by less than half precision would see."""
+    torch.manual_seed(6)
+    pool = TextConditionedPool(16, 2).to(device)
+    tokens, parts = (torch.randn(*s, 16, device=device) for s in ((4, 3), (50, 2)))
+    centre = torch.randn(1, 8, device=device)
+    wholes = [centre + 0.1 * torch.randn(n, 8, device=device) for n in (4, 50)]
+    logits = 14.0, -10.0, 100.0, -10.0
+
+    def all_scores(tokens, parts, images, texts, alpha) -> list[Tensor]:
+        corpus = pool, tokens, parts, images, texts, *logits
+        return tree_leaves([
+            hierarchical_scores(*corpus, alpha=alpha),
+            hierarchical_topk(*corpus, 5, alpha=alpha),
+            hierarchical_topk(*corpus, 5, alpha=alpha, shortlist=7),
+            text_conditioned_topk(pool, tokens, parts[:, 0], 5),
+        ])  # fmt: skip
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).float()
+
+    with torch.autocast(device, dtype):
+        got = all_scores(tokens, parts, *wholes, 0.0)
+        blend = hierarchical_scores(pool, tokens, parts, *wholes, *logits)
+        (values, _), _ = text_conditioned_topk(pool, tokens, parts[:, 0], 5)
+    expected = all_scores(tokens, parts, *map(rounded, wholes), 0.0)[:9]
+    for ours, wanted in zip(got, expected, strict=False):
+        assert ours.dtype == wanted.dtype and ours.dtype in (torch.float32, torch.int64)
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-4)
+    # The parts, which are of unit length first: half precision of a cosine times 14 * 0.3.
+    unit = rounded(reference.l2_normalize(parts))
+    wanted = hierarchical_scores(pool, rounded(tokens), unit, *map(rounded, wholes), *logits)
+    assert blend.dtype == values.dtype == torch.float32
+    error = 0.02 if device == "cpu" else 0.1  # where the products are in half precision as well
+    torch.testing.assert_close(blend, wanted, rtol=0, atol=error)
+    features = rounded(tokens), rounded(parts[:, 0])
+    (wanted, _), _ = text_conditioned_topk(pool, *features, 5)
+    torch.testing.assert_close(values, wanted, rtol=0, atol=error)
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "shortlist"),
+    [
+        ("text_conditioned_topk", torch.bfloat16, None),
+        ("text_conditioned_topk", torch.float32, None),
+        ("hierarchical_topk", torch.bfloat16, None),
+        ("hierarchical_topk", torch.float32, None),
+        ("hierarchical_topk", torch.bfloat16, 16),
+        ("hierarchical_topk", torch.bfloat16, 500),
+    ],
+)
+def test_memory_is_that_of_a_block_of_each_side(op, dtype, shortlist, monkeypatch):
+    """And of the scores of a block and of what the engine works in, which are small beside it."""
+    from benchmarks.measure import measure_memory
+
+    block = 8 << 20
+    monkeypatch.setattr(token_blocks, "_BLOCK_BYTES", block)
+    small = dict.fromkeys(("cpu", "cuda"), 1 << 14)
+    monkeypatch.setattr("fastgoal_kernels.ops.text_conditioned_torch._BLOCK_ELEMENTS", small)
+    pool, images, texts = TextConditionedPool(128, 2).to(dtype), 600, 1200
+    tokens = torch.randn(images, 32, 128).to(dtype)
+    parts = torch.randn(texts, 16, 128).to(dtype)
+    logits = 14.0, -10.0, 100.0, -10.0
+    if op == "text_conditioned_topk":
+        call = functools.partial(text_conditioned_topk, pool, tokens, parts[:, 0], 5)
+    else:  # few tokens, so that the captions are what fills memory
+        tokens = tokens[:40, :2] if shortlist == 16 else tokens[:8]
+        wholes = (torch.randn(n, 8).to(dtype) for n in (len(tokens), texts))
+        corpus = pool, tokens, parts, *wholes, *logits
+        call = functools.partial(hierarchical_topk, *corpus, 5, shortlist=shortlist)
+    extra = measure_memory(call, torch.device("cpu"))
+    assert block / 2 < extra < 3 / 2 * block
+
+
+def test_a_corpus_of_any_size_takes_no_more_memory(monkeypatch):
+    """With a shortlist that grows with it, too."""
+    from benchmarks.measure import measure_memory
+
+    monkeypatch.setattr(token_blocks, "_BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(retrieval, "_LISTED", 1 << 12)
+    pool, logits = TextConditionedPool(64, 2), (14.0, -10.0, 100.0, -10.0)
+    extra = []
+    for texts in (2000, 8000):
+        tokens, wholes = torch.randn(8, 4, 64), (torch.randn(8, 16), torch.randn(texts, 16))
+        corpus = pool, tokens, torch.randn(texts, 4, 64), *wholes, *logits
+        for shortlist in (None, 16, texts // 2):
+            extra.append(measure_memory(
+                lambda c=corpus, s=shortlist: hierarchical_topk(*c, 3, shortlist=s),
+                torch.device("cpu"),
+            ))  # fmt: skip
+    small, large = extra[:3], extra[3:]
+    # A list of half the captions is a row of 32,000 bytes, several times over.
+    assert all(b < 1.2 * a + (1 << 19) for a, b in zip(small, large, strict=True)), extra
 
 
 def test_the_scores_have_gradients():
