@@ -103,7 +103,7 @@ def run_bench(options: BenchOptions, console: Console) -> Outcome:
     for rows in report.races(document["rows"]):
         if rows[0]["stage"] != "forward":  # only ours takes part in these; they are in the JSON
             _show_race(rows, ours, report.describe_race(rows[0]), console)
-    _show_footer(document, report.losses(document), console)
+    _show_footer(document, report.losses(document), console, races=not options.quick)
     _write_picture(document, options.out, console)
     console.print(f"Every figure: {escape(str(options.out / JSON))}", soft_wrap=True)
     return Outcome(document["finished"], not sweep.wrong_or_failed(document))
@@ -206,8 +206,8 @@ def _share(row: Row, best: Row) -> str:
     return f"1/{theirs / mine:.1f}" if theirs >= mine else f"[yellow]{mine / theirs:.1f} ×[/]"
 
 
-def _show_footer(document: Document, lost: list[str], console: Console) -> None:
-    """How many rows of whom are missing and why, what is wrong, and which races we lost."""
+def _show_footer(document: Document, lost: list[str], console: Console, races: bool) -> None:
+    """How many rows of whom are missing and why, what is wrong, and which `races` we lost."""
 
     def line(text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -224,7 +224,9 @@ def _show_footer(document: Document, lost: list[str], console: Console) -> None:
         if check["status"] in ("wrong", "failed"):
             what = check["reason"] or f"error {check['error']:.1e}"
             line(f"check {check['name']}: {check['status']}: {what}", "bold red")
-    if lost:
+    if not races:  # whose sizes mean nothing
+        pass
+    elif lost:
         line(f"Lost races: {len(lost)}", "yellow")
         for text in lost[:SHOWN]:
             line(f"  {text}")

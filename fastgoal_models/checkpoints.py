@@ -29,7 +29,8 @@ from torch import Tensor
 from .errors import UserError
 
 _FORMAT = 1
-_WEIGHTS, _STATE, _MANIFEST = "model.safetensors", "state.pt", "checkpoint.json"
+_WEIGHTS, _STATE = "model.safetensors", "state.pt"
+MANIFEST = "checkpoint.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".writing-"
 
@@ -95,8 +96,8 @@ def save_checkpoint(
             "config": dict(config),
             "files": {name: _fingerprint(temporary / name) for name in (_WEIGHTS, _STATE)},
         }
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-        for name in (_WEIGHTS, _STATE, _MANIFEST):
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+        for name in (_WEIGHTS, _STATE, MANIFEST):
             _flush(temporary / name)
         _flush(temporary)
         if final.exists():
@@ -128,7 +129,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     found = [
         (int(match[1]), path)
         for path in folder.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and (path / _MANIFEST).is_file()
+        if (match := _NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
     ]
     return [path for _, path in sorted(found)]
 
@@ -149,12 +150,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {path}")
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path} is no checkpoint: it has no {MANIFEST}")
     try:
-        manifest = json.loads((path / _MANIFEST).read_text("utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         version, step, config = manifest["format"], int(manifest["step"]), dict(manifest["config"])
         files = dict(manifest["files"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _damaged(path, _MANIFEST, f"it can not be read ({error!r})") from error
+        raise _damaged(path, MANIFEST, f"it can not be read ({error!r})") from error
     if version != _FORMAT:
         raise CheckpointError(
             f"{path} has checkpoint format {version!r}; this version of the library reads {_FORMAT}"

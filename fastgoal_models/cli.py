@@ -9,19 +9,21 @@ should not wait for, and `fastgoal doctor` must work where one of them is missin
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .errors import UserError
+from .errors import UserError, how_to_install
+from .json_output import console_beside
 
 EXIT_NOT_WELL = 1
 EXIT_USER_ERROR = 2
@@ -68,7 +70,7 @@ class CaftPreset(str, Enum):
     m30 = "30m"
 
 
-class CaftPrecision(str, Enum):
+class TrainPrecision(str, Enum):
     auto = "auto"
     bf16 = "bf16"
     fp16 = "fp16"
@@ -120,6 +122,65 @@ EmaOption = Annotated[
         "and what is loaded of the run.",
     ),
 ]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(help="Options from a file, e.g. a run's config.yaml; those typed here win."),
+]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Default: the preset's, or the number of records where there are fewer.",
+    ),
+]
+SaveEveryOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Steps between checkpoints, of which --keep stay. Default: only at the end.",
+    ),
+]
+
+
+def _number_or_all(value: str | int) -> int | None:
+    if value == "all":
+        return None
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise typer.BadParameter(f"{value!r} is neither a number from 1 nor all")
+    return number
+
+
+KeepOption = Annotated[
+    int | None,
+    typer.Option(
+        parser=_number_or_all,
+        metavar="N|all",
+        help="Checkpoints that stay, the newest; older ones are deleted.",
+    ),
+]
+EvalDataOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Annotations to measure retrieval on during training, into eval.jsonl. It changes "
+        "nothing else."
+    ),
+]
+EvalRootOption = Annotated[
+    Path | None, typer.Option(help="Folder of their images. Default: that of --eval-data.")
+]
+EvalEveryOption = Annotated[
+    int | None, typer.Option(min=1, help="Steps between evaluations. Default: only at the end.")
+]
+KeepBestOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-best", help="Also keep the checkpoint with the best mean R@1: see best.json."
+    ),
+]
 TensorBoardOption = Annotated[
     bool, typer.Option("--tensorboard", help="Also write curves below --out for TensorBoard.")
 ]
@@ -138,12 +199,19 @@ PretrainedOption = Annotated[
     typer.Option(help="An open_clip tag of --model, or a weights file. Default: random weights."),
 ]
 
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write what was found here; - is the standard output."),
+]
+
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from fastgoal_kernels import __version__
-
-        typer.echo(f"fastgoal {__version__}")
+        try:
+            version = importlib.metadata.version("fastgoal")
+        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+            from fastgoal_kernels import __version__ as version
+        typer.echo(f"fastgoal {version}")
         raise typer.Exit
 
 
@@ -243,7 +311,7 @@ def unpack(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write a summary.")] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Turn a dataset or shards into images and a captions.jsonl, as the other commands read them.
 
@@ -261,7 +329,7 @@ def unpack(
             keep=tuple(keep_column or ()),
         )
         options = UnpackOptions(columns, split, subset, limit)
-        run_unpack(source, out, options, json_path, _command(), Console())
+        run_unpack(source, out, options, json_path, _command(), console_beside(json_path))
 
 
 @app.command()
@@ -351,10 +419,7 @@ def train_fast_goal(
             help="Folder for checkpoints, the log and config.yaml. Needed.", show_default=False
         ),
     ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="Options from a file, e.g. a run's config.yaml; those typed here win."),
-    ] = None,
+    config: ConfigOption = None,
     root: RootOption = None,
     model: ModelOption = "ViT-B-16",
     pretrained: PretrainedOption = None,
@@ -374,7 +439,7 @@ def train_fast_goal(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Or passes over the data. Default: 10.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2, help="Default: the preset's.")] = None,
+    batch_size: BatchSizeOption = None,
     micro_batch: Annotated[
         int | None,
         typer.Option(
@@ -420,29 +485,12 @@ def train_fast_goal(
             "sentences."
         ),
     ] = LongCaptions.cut,
-    save_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints. Default: only at the end.")
-    ] = None,
-    eval_data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Annotations to measure retrieval on during training, into eval.jsonl. It changes "
-            "nothing else."
-        ),
-    ] = None,
-    eval_root: Annotated[
-        Path | None, typer.Option(help="Folder of their images. Default: that of --eval-data.")
-    ] = None,
-    eval_every: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps between evaluations. Default: only at the end."),
-    ] = None,
-    keep_best: Annotated[
-        bool,
-        typer.Option(
-            "--keep-best", help="Also keep the checkpoint with the best mean R@1: see best.json."
-        ),
-    ] = False,
+    save_every: SaveEveryOption = None,
+    keep: KeepOption = 2,
+    eval_data: EvalDataOption = None,
+    eval_root: EvalRootOption = None,
+    eval_every: EvalEveryOption = None,
+    keep_best: KeepBestOption = False,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse the data if one record is unusable.")
@@ -450,41 +498,48 @@ def train_fast_goal(
     seed: SeedOption = 0,
     resume: ResumeOption = False,
     device: DeviceOption = None,
-    precision: PrecisionOption = Precision.auto,
+    precision: Annotated[
+        TrainPrecision, typer.Option(help="auto: bf16 where a GPU has it, else float32.")
+    ] = TrainPrecision.auto,
     tensorboard: TensorBoardOption = False,
     wandb: WandbOption = False,
 ) -> None:
     """Fine-tune an open_clip model on your own images and long captions."""
-    given = {
-        name: value.value if isinstance(value, Enum) else value
-        for name, value in locals().items()
-        if name not in ("ctx", "config", "resume") and _was_typed(ctx, name)
-    }
+    given = _typed(ctx, locals())
     console = Console()
     with _user_errors():
-        from .train_command import resolve_options, run_training
+        from .train_command import METHOD, run_training
 
-        result = run_training(*resolve_options(given, config), console, resume=resume)
+        result = run_training(*METHOD.resolve(given, config), console, resume=resume)
     if result.interrupted:
         _say_how_to_resume(console)
 
 
 @train_app.command("caft")
 def train_caft(
+    ctx: typer.Context,
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="One JSON object a line: image, and caption or DreamLIP's caption keys. Or "
-            "webdataset shards with those keys: 'part-*.tar', in quotes."
+            "webdataset shards with those keys: 'part-*.tar', in quotes. Needed.",
+            show_default=False,
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the log.")],
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for checkpoints, the log and config.yaml. Needed.", show_default=False
+        ),
+    ] = None,
+    config: ConfigOption = None,
     root: RootOption = None,
     model: Annotated[
         str, typer.Option(help="caft-b, caft-s, caft-xs, or a JSON configuration.")
     ] = "caft-b",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights to start from. Default: random weights.")
+        Path | None,
+        typer.Option(help="Weights, or a run's folder, to start from. Default: random weights."),
     ] = None,
     superpixels: Annotated[
         SuperpixelMaker, typer.Option(help="sfcn: CAFT's network, from --checkpoint.")
@@ -506,12 +561,15 @@ def train_caft(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Or passes over the data. Default: the preset's.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2, help="Default: the preset's.")] = None,
+    batch_size: BatchSizeOption = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Default: the preset's.")] = None,
     ema: EmaOption = None,
-    save_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints. Default: only at the end.")
-    ] = None,
+    save_every: SaveEveryOption = None,
+    keep: KeepOption = 2,
+    eval_data: EvalDataOption = None,
+    eval_root: EvalRootOption = None,
+    eval_every: EvalEveryOption = None,
+    keep_best: KeepBestOption = False,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     compile: Annotated[
         bool,
@@ -521,43 +579,18 @@ def train_caft(
     resume: ResumeOption = False,
     device: DeviceOption = None,
     precision: Annotated[
-        CaftPrecision | None, typer.Option(help="Default: the preset's; auto is bf16 on a GPU.")
+        TrainPrecision | None, typer.Option(help="Default: the preset's; auto is bf16 on a GPU.")
     ] = None,
     tensorboard: TensorBoardOption = False,
     wandb: WandbOption = False,
 ) -> None:
     """Train a CAFT on your own images with long and short captions."""
+    given = _typed(ctx, locals())
     console = Console()
-    changes = {
-        "steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": lr,
-        "ema": ema, "negatives": None if negatives is None else negatives.value,
-    }  # fmt: skip
     with _user_errors():
-        from .caft.train_command import CaftTrainOptions, run_caft_training
+        from .caft.train_command import METHOD, run_caft_training
 
-        result = run_caft_training(
-            CaftTrainOptions(
-                data=data,
-                root=root,
-                out=out,
-                model=model,
-                checkpoint=checkpoint,
-                superpixels=superpixels.value,
-                preset=preset.value,
-                published=published,
-                changes={name: value for name, value in changes.items() if value is not None},
-                save_every=save_every,
-                num_workers=num_workers,
-                compile=compile,
-                seed=seed,
-                resume=resume,
-                device=device,
-                precision=None if precision is None else precision.value,
-                tensorboard=tensorboard,
-                wandb=wandb,
-            ),
-            console,
-        )
+        result = run_caft_training(*METHOD.resolve(given, config), console, resume=resume)
     if result.interrupted:
         _say_how_to_resume(console)
 
@@ -581,7 +614,8 @@ def train_open_clip(
 @app.command(no_args_is_help=True)
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="Weights file, or a folder with one (also a checkpoint's).")
+        Path,
+        typer.Argument(help="Weights file, a folder with one, or that of a run or a checkpoint."),
     ],
     target: Annotated[
         Path,
@@ -635,7 +669,11 @@ def hierarchy(
     image: Annotated[Path, typer.Argument(help="A photograph.")],
     caption: Annotated[str, typer.Argument(help="Its caption, one to many sentences.")],
     checkpoint: Annotated[
-        Path, typer.Option(help="CAFT weights, or a checkpoint folder of `fastgoal train caft`.")
+        Path,
+        typer.Option(
+            help="CAFT weights, or the folder of a run of `fastgoal train caft` or of one of its "
+            "checkpoints."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("hierarchy.png"),
     model: Annotated[
@@ -651,8 +689,8 @@ def hierarchy(
         from .caft.picture_command import draw_hierarchy
 
         kind = None if superpixels is None else superpixels.value
-        draw_hierarchy(image, caption, checkpoint, out, model, kind)
-    Console().print(f"{escape(str(out))} written", soft_wrap=True)
+        name = draw_hierarchy(image, caption, checkpoint, out, model, kind)
+    Console().print(escape(f"{name}: {out} written"), soft_wrap=True)
 
 
 @app.command("eval")
@@ -660,7 +698,8 @@ def evaluate(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     pretrained: PretrainedOption = None,
     data: Annotated[
-        Path | None, typer.Option(help="Annotations in the GLIT format, one JSON a line.")
+        Path | None,
+        typer.Option(help="One JSON object a line: image and caption; or a GLIT file."),
     ] = None,
     set_name: Annotated[
         str | None,
@@ -680,7 +719,10 @@ def evaluate(
     ] = None,
     trained_on: Annotated[
         list[Path] | None,
-        typer.Option(help="Annotations that were trained on: is a test image among them?"),
+        typer.Option(
+            help="Annotations that were trained on: is a test image among them? Default: what a "
+            "run in --model notes."
+        ),
     ] = None,
     score: Annotated[
         str | None,
@@ -703,7 +745,7 @@ def evaluate(
     context_length: ContextOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
     device: DeviceOption = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write it here.")] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Evaluate a model: retrieval both ways, with what papers report beside it.
 
@@ -734,7 +776,7 @@ def evaluate(
                 json_path=json_path,
                 command=_command(),
             ),
-            Console(),
+            console_beside(json_path),
         )
 
 
@@ -747,13 +789,14 @@ def embed(
     context_length: ContextOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
     device: DeviceOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Embed a folder of images once, so that `fastgoal search` need not."""
     with _user_errors():
         from .search_command import ModelOptions, run_embed
 
         options = ModelOptions(model, pretrained, context_length, batch_size, device)
-        run_embed(images, out, options, Console())
+        run_embed(images, out, options, force, Console())
 
 
 @app.command()
@@ -773,7 +816,7 @@ def search(
     out: Annotated[
         Path | None, typer.Option(help="Also draw a contact sheet, e.g. sheet.png.")
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write it here.")] = None,
+    json_path: JsonOption = None,
     context_length: ContextOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
     device: DeviceOption = None,
@@ -783,15 +826,14 @@ def search(
         from .search_command import ModelOptions, run_search
 
         options = ModelOptions(model, pretrained, context_length, batch_size, device)
-        run_search(query, images, k, score, options, out, json_path, Console())
+        console = console_beside(json_path)
+        run_search(query, images, k, score, options, out, json_path, _command(), console)
 
 
 @app.command()
 def doctor(
     device: DeviceOption = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Also write what was found here.")
-    ] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Look at this machine: versions, devices, settings, backends; test the losses on it.
 
@@ -801,7 +843,7 @@ def doctor(
     with _user_errors():
         from .doctor import run_doctor
 
-        well = run_doctor(device, json_path, Console())
+        well = run_doctor(device, json_path, console_beside(json_path))
     if not well:
         raise typer.Exit(EXIT_NOT_WELL)
 
@@ -839,11 +881,6 @@ def bench(
         raise typer.Exit(EXIT_NOT_WELL)
 
 
-def main() -> None:
-    """The entry point of the `fastgoal` command."""
-    app()
-
-
 def _command() -> str:
     return shlex.join(["fastgoal", *sys.argv[1:]])
 
@@ -853,6 +890,15 @@ def _refuse(message: str) -> NoReturn:
         f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True
     )
     raise typer.Exit(EXIT_USER_ERROR) from None
+
+
+def _typed(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a training run that were typed, by the names that configuration files use."""
+    return {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in values.items()
+        if name not in ("ctx", "config", "resume") and _was_typed(ctx, name)
+    }
 
 
 def _was_typed(ctx: typer.Context, name: str) -> bool:
@@ -879,7 +925,7 @@ def _user_errors(extra: str = "models") -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastgoal"):
             raise
-        _refuse(f"{error}. Fix: pip install 'fastgoal[{extra}]'")
-    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
-        Console(stderr=True).print("Interrupted.")
+        _refuse(f"{error}. Fix: {how_to_install(extra)}")
+    except KeyboardInterrupt as stop:  # before the first step, or a second Ctrl-C
+        Console(stderr=True).print(escape(str(stop) or "Interrupted."), soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

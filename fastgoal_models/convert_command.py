@@ -13,7 +13,6 @@ import open_clip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 
 from .checkpoints import save_tensors_atomically, write_text_atomically
 from .errors import ConfigError
@@ -24,10 +23,10 @@ from .hf_checkpoints import (
     hf_from_open_clip,
     layout_of,
     open_clip_from_hf,
-    read_weights,
     settings_from_hf,
     sizes_of,
 )
+from .trained import Trained, load_weights
 
 _LAYOUTS = {"open-clip": "open_clip", "hf": "Hugging Face"}
 
@@ -46,7 +45,8 @@ class ConvertOptions:
 def run_convert(options: ConvertOptions, console: Console) -> None:
     """Convert, and say what was found. Raises what a user can mend (see `cli`)."""
     weights_file, config_file = _target_files(options)
-    weights = read_weights(options.source)
+    source = load_weights(options.source, "SOURCE")
+    weights = source.weights
     if layout_of(weights) == options.to:
         other = "hf" if options.to == "open-clip" else "open-clip"
         raise ConfigError(
@@ -55,7 +55,7 @@ def run_convert(options: ConvertOptions, console: Console) -> None:
     if options.to == "hf":
         converted = hf_from_open_clip(weights)
         sizes = sizes_of(open_clip_from_hf(converted))
-        settings = _settings_of_open_clip(options, sizes)
+        settings = _settings_of_open_clip(options.model, source.notes, sizes)
     else:
         converted = open_clip_from_hf(weights)
         sizes = sizes_of(converted)
@@ -64,7 +64,7 @@ def run_convert(options: ConvertOptions, console: Console) -> None:
     if config_file is not None:
         config = hf_config(sizes, settings or _refuse_without_settings(sizes))
 
-    found = _what_was_found(options, weights, sizes, settings)
+    found = _what_was_found(source, options.to, sizes, settings)
     console.print(escape(found), highlight=False, soft_wrap=True)
     weights_file.parent.mkdir(parents=True, exist_ok=True)
     # Some releases of transformers refuse a file that does not name its format.
@@ -94,13 +94,16 @@ def _settings_of_hf(source: Path) -> ClipSettings | None:
     return settings_from_hf(config) if config.get("model_type") == "clip" else None
 
 
-def _settings_of_open_clip(options: ConvertOptions, sizes: ClipSizes) -> ClipSettings | None:
-    """Those of --model, or of the model that `fastgoal train` noted beside its checkpoint."""
-    if options.model is not None:
-        return _settings_of_model(options.model, sizes)
-    run = _json_beside(options.source, "checkpoint.json").get("config", {})
-    model, tag = run.get("model"), run.get("pretrained")
+def _settings_of_open_clip(
+    asked: str | None, notes: Mapping[str, Any], sizes: ClipSizes
+) -> ClipSettings | None:
+    """Those of --model, or of the model that `fastgoal train` noted with its weights."""
+    if asked is not None:
+        return _settings_of_model(asked, sizes)
+    model, tag = notes.get("model"), notes.get("pretrained")
     try:
+        if isinstance(notes.get("architecture"), dict):
+            return _settings_of_config(notes["architecture"], "the model of this run", sizes)
         settings = _settings_of_model(str(model), sizes)
     except ConfigError:
         return None
@@ -116,6 +119,10 @@ def _settings_of_model(model: str, sizes: ClipSizes) -> ClipSettings:
         config = open_clip.get_model_config(model)
     if not config:
         raise ConfigError(f"open_clip has no model {model!r}, nor is it a JSON file with one")
+    return _settings_of_config(config, model, sizes)
+
+
+def _settings_of_config(config: Mapping[str, Any], model: str, sizes: ClipSizes) -> ClipSettings:
     plain = _plain_clip(config)
     if plain is None:
         raise ConfigError(f"{model} is more than a CLIP, and Hugging Face's has no such parts")
@@ -142,7 +149,7 @@ def _plain_clip(config: Mapping[str, Any]) -> tuple[ClipSizes, ClipSettings] | N
         return None
     sized = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
     worded = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
-    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
+    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "preprocess_cfg"}
     is_plain = (
         isinstance(vision.layers, int)
         and config.keys() <= known
@@ -190,17 +197,16 @@ def _refuse_without_settings(sizes: ClipSizes) -> NoReturn:
 
 
 def _what_was_found(
-    options: ConvertOptions,
-    weights: Mapping[str, Tensor],
-    sizes: ClipSizes,
-    settings: ClipSettings | None,
+    source: Trained, to: str, sizes: ClipSizes, settings: ClipSettings | None
 ) -> str:
+    weights = source.weights
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
-    layout = _LAYOUTS["open-clip" if options.to == "hf" else "hf"]
+    layout = _LAYOUTS["open-clip" if to == "hf" else "hf"]
     unknown = "not in the weights, and no configuration beside them"
+    pictures = source.notes.get("architecture", {}).get("preprocess_cfg")
     return "\n".join(
         [
-            f"{options.source}: a CLIP in {layout}'s layout, {len(weights)} tensors, "
+            f"{source.name}: a CLIP in {layout}'s layout, {len(weights)} tensors, "
             f"{' and '.join(dtypes)}",
             f"  images      {sizes.image_width} wide, {sizes.image_layers} layers, "
             f"{sizes.image_size} pixels in patches of {sizes.patch_size}",
@@ -208,6 +214,8 @@ def _what_was_found(
             f"{sizes.text_positions} positions, {sizes.vocabulary} tokens",
             f"  features    {sizes.embed_dim}",
             f"  activation  {settings.activation if settings else unknown}",
+            # Which no file that is written here says: Hugging Face keeps it with its processors.
+            *([f"  pictures    not as CLIP's: {pictures}"] if pictures else []),
         ]
     )
 

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .errors import ConfigError
+from .errors import ConfigError, how_to_install
 from .glit import Box, json_lines
 from .hf_checkpoints import read_weights
 from .options import tensors_digest
@@ -76,7 +76,7 @@ class TransformersDetector:
         except ImportError as error:
             raise ConfigError(
                 f"detector {name!r} needs transformers, which is not installed. "
-                "Fix: pip install 'fastgoal[hf]'"
+                f"Fix: {how_to_install('hf')}"
             ) from error
 
         try:

@@ -14,7 +14,6 @@ The JSON it writes:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,8 @@ from rich.padding import Padding
 from rich.table import Table
 
 from .advice import Advice, advise, advise_after
+from .errors import ConfigError
+from .json_output import write_json
 from .machine import Choice, Cuda, Device, Facts, Package, Unknown, attempt, find_facts
 
 if TYPE_CHECKING:  # it imports PyTorch, which may be what is broken
@@ -47,9 +48,10 @@ def run_doctor(device: str | None, json_path: Path | None, console: Console) -> 
 
     Args:
         device: where the self-test runs; default: a GPU if PyTorch sees one, else the CPU.
-        json_path: where the same facts go as JSON; its folder is made.
+        json_path: where the same facts go as JSON (`json_output`).
 
     Raises:
+        ConfigError: a device that is not here, before anything else is looked at.
         OSError: the JSON can not be written.
     """
     with console.status("") as status:
@@ -57,6 +59,9 @@ def run_doctor(device: str | None, json_path: Path | None, console: Console) -> 
         def say(what: str) -> None:
             status.update(f"{what} ...")
 
+        if device is not None:
+            say("looking for the device")
+            _check_device(device)
         facts = find_facts(say)
         _show_facts(facts, console)
         tested = attempt(lambda: _run_self_test(device, say))
@@ -67,19 +72,30 @@ def run_doctor(device: str | None, json_path: Path | None, console: Console) -> 
     statuses = {result.status for result in results}
     ok = "ok" in statuses and "FAILED" not in statuses
     _show_verdict(ok, statuses, advice, console)
-    if json_path is not None:
-        document = {
-            "schema": SCHEMA,
-            "kind": "doctor",
-            "ok": ok,
-            "facts": asdict(facts),
-            "self_test": asdict(tested),
-            "advice": [asdict(each) for each in advice],
-        }
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(document, indent=1) + "\n")
-        console.print(f"Written to {escape(str(json_path))}", highlight=False, soft_wrap=True)
+    document = {
+        "schema": SCHEMA,
+        "kind": "doctor",
+        "ok": ok,
+        "facts": asdict(facts),
+        "self_test": asdict(tested),
+        "advice": [asdict(each) for each in advice],
+    }
+    write_json(document, json_path, console)
     return ok
+
+
+def _check_device(name: str) -> None:
+    """Raises ConfigError for one that is not here; where PyTorch is broken, the report says so."""
+    try:
+        from .devices import parse_device
+
+        parse_device(name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--device: {error}. Fix: leave --device out, and the report says what is here"
+        ) from error
+    except Exception:  # importing PyTorch can raise anything
+        return
 
 
 def _run_self_test(name: str | None, say: Callable[[str], None]) -> SelfTest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from .caft.model import Caft
-from .checkpoints import write_text_atomically
 from .devices import parse_device
-from .errors import ConfigError
+from .errors import ConfigError, need_file
 from .evaluation import (
     Evaluated,
     caption_set,
     evaluate_set,
     joint_precision,
     scores_of,
-    trained_on,
-    training_images,
 )
 from .fast_goal import FastGoalModel
 from .glit import GlitRecord, read_glit
+from .json_output import write_json
 from .loading import Loaded, load_model
 from .localisation import pointing
+from .overlap import noted_data, trained_on, training_images
+from .positional import KEPT_POSITIONS, stretched_length
 from .progress import counting
 from .published_results import published_rows
 from .search import Hit
-from .sets import CaptionSet, read_set
+from .sets import SETS, CaptionSet, read_set
 from .zero_shot import class_folders, classify
 
 _NAMES_SHOWN = 5
@@ -51,10 +50,12 @@ class EvalOptions:
     root: Path | None = None
     classes: Path | None = None
     trained_on: tuple[Path, ...] = ()
+    """none: what `model` notes, if it is a run"""
     score: str | None = None
     resize: str = "own"
     published: bool = False
     context_length: int | None = None
+    """None: as many as `model` has, for `before` too, whose positions are stretched"""
     batch_size: int = 64
     device: str | None = None
     sheets: Path | None = None
@@ -67,8 +68,15 @@ class _Column:
     """What was measured of one model."""
 
     loaded: Loaded
+    stretched_from: int | None = None
+    """the text positions that it had; None: as many as now"""
     retrieval: Evaluated | None = None
     more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def context_length(self) -> int:
+        model = self.loaded.model
+        return model.config.text.context_length if isinstance(model, Caft) else model.context_length
 
 
 def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
@@ -78,7 +86,7 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     if captioned is None and classes is None:
         raise ConfigError("nothing to evaluate on. Fix: --data, --set with --root, or --classes")
     device = parse_device(options.device)
-    seen = _seen(captioned, options)
+    seen = _seen(captioned, options, console)
     columns = _columns(options, console)  # all of them: what does not fit is said before the work
     for column in columns:
         loaded = column.loaded
@@ -93,9 +101,7 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
         _draw_sheets(columns[-1], captioned, options.sheets, console)
     document = _document(options, captioned, columns, seen)
     _show(document, captioned, columns, console)
-    if options.json_path is not None:
-        write_text_atomically(options.json_path, json.dumps(document, indent=1) + "\n")
-        console.print(f"{escape(str(options.json_path))} written", soft_wrap=True)
+    write_json(document, options.json_path, console)
     return document
 
 
@@ -103,8 +109,8 @@ def _columns(options: EvalOptions, console: Console) -> list[_Column]:
     """The models, each checked against what is asked of it."""
     asked = [(options.model, options.pretrained)]
     if options.before is not None:
-        asked.insert(0, (options.before, options.before_pretrained))
-    columns = []
+        asked.append((options.before, options.before_pretrained))
+    columns: list[_Column] = []
     for name, pretrained in asked:
         loaded = load_model(name, pretrained, context_length=options.context_length)
         if options.score is not None and options.score not in scores_of(loaded.model):
@@ -116,9 +122,24 @@ def _columns(options: EvalOptions, console: Console) -> list[_Column]:
         if loaded.random:
             console.print(f"[yellow]{escape(loaded.name)} has random weights.[/]")
         columns.append(_Column(loaded))
-    if options.sheets is not None and isinstance(columns[-1].loaded.model, Caft):
+    if options.sheets is not None and isinstance(columns[0].loaded.model, Caft):
         raise ConfigError("--sheets draws what a CLIP found: a CAFT's scores keep no images")
-    return columns
+    if options.before is not None and options.context_length is None:
+        _stretch(columns[1], columns[0].context_length)
+    return columns[::-1]
+
+
+def _stretch(column: _Column, context: int) -> None:
+    """Let a model read as much of a caption as the one beside it, as papers compare them.
+
+    One that was trained stays as it was.
+    """
+    loaded, own = column.loaded, column.context_length
+    if isinstance(loaded.model, Caft) or loaded.notes:
+        return
+    if KEPT_POSITIONS + 2 <= own < context <= stretched_length(own):
+        column.loaded = loaded._replace(model=FastGoalModel(loaded.model.clip, context))
+        column.stretched_from = own
 
 
 def _read(options: EvalOptions, console: Console) -> tuple[CaptionSet | None, list[GlitRecord]]:
@@ -129,7 +150,15 @@ def _read(options: EvalOptions, console: Console) -> tuple[CaptionSet | None, li
             raise ConfigError("--set needs --root, the folder that holds the set")
         captioned, records = read_set(options.set_name, options.root), []
     elif options.data is not None:
+        need_file(options.data, "--data")
         records, report = read_glit(options.data, root=options.root, verify_images=False)
+        if not records:
+            file = options.data.name
+            sets = [
+                s for s, layout in SETS.items() if file in layout.holds.replace(",", "").split()
+            ]
+            hint = f". Fix: --set {' or '.join(sets)} --root {options.data.parent}" if sets else ""
+            raise ConfigError(f"--data {options.data} has no usable record: {report}{hint}")
         captioned = caption_set(records, options.data.stem)
         captioned.report = report
     else:
@@ -207,14 +236,27 @@ def _classes(
         )._asdict()
 
 
-def _seen(captioned: CaptionSet | None, options: EvalOptions) -> list[str]:
+def _seen(captioned: CaptionSet | None, options: EvalOptions, console: Console) -> list[str]:
     """Test images that were trained on."""
     if captioned is None:
         return []
-    found: dict[str, None] = {}
-    for path in options.trained_on:
-        found |= dict.fromkeys(trained_on(captioned, training_images(path)))
-    return list(found)
+    images = [image for path in options.trained_on for image in training_images(path)]
+    noted = None if options.trained_on else noted_data(options.model)
+    if noted is not None:
+        says = f"trained on {noted.data}, says {noted.note}"
+        try:
+            images = training_images(noted.data, noted.root)
+            console.print(f"{escape(says)}: are test images among its images?", soft_wrap=True)
+        except ConfigError:
+            console.print(
+                f"[yellow]{escape(says)}, and no image can be read from that: whether test images "
+                "were trained on is not known. Fix: --trained-on FILE[/]",
+                soft_wrap=True,
+            )
+    found = trained_on(captioned, images)
+    if images and not found:
+        console.print("No test image is among the training images.")
+    return found
 
 
 def _document(
@@ -226,13 +268,15 @@ def _document(
         "command": options.command,
         "set": None if captioned is None else captioned.name,
         "resize": options.resize,
-        "note": None if captioned is None else captioned.note,
+        "note": _note(captioned, columns),
         "skipped": {} if captioned is None else captioned.report.counts,
         "trained_on": seen,
         "models": [
             {
                 "name": column.loaded.name,
                 "random_weights": column.loaded.random,
+                "context_length": column.context_length,
+                "stretched_from": column.stretched_from,
                 "retrieval": None if column.retrieval is None else column.retrieval.as_json(),
                 **column.more,
             }
@@ -244,6 +288,18 @@ def _document(
     }
 
 
+def _note(captioned: CaptionSet | None, columns: list[_Column]) -> str | None:
+    """Why results do not compare with others."""
+    notes = [] if captioned is None or captioned.note is None else [captioned.note]
+    lost = 0 if columns[0].retrieval is None else len(columns[0].retrieval.unread)
+    if lost:
+        notes.append(
+            f"{lost} images could not be read and are left out with their captions, which makes "
+            "retrieval easier"
+        )
+    return "; ".join(notes) or None
+
+
 def _show(
     document: dict[str, Any],
     captioned: CaptionSet | None,
@@ -251,17 +307,23 @@ def _show(
     console: Console,
 ) -> None:
     title = "evaluation"
-    if captioned is not None:
-        images, texts = len(captioned.images), captioned.num_captions
+    found = columns[0].retrieval
+    if captioned is not None and found is not None:
+        images, texts = found.retrieval.num_images, found.retrieval.num_texts
         title = f"{captioned.name}: {images:,} images, {texts:,} captions"
     table = Table(title=escape(title))
     table.add_column("%")
     for column in columns:
         score = "" if column.retrieval is None else f"\nby {column.retrieval.score} score"
-        table.add_column(escape(f"{column.loaded.name}{score}"), justify="right")
+        context = f"\ntexts of {column.context_length} tokens"
+        if column.stretched_from is not None:
+            context += f",\npositions stretched from {column.stretched_from}"
+        table.add_column(escape(f"{column.loaded.name}{score}{context}"), justify="right")
     for label, cells in _rows(columns):
         table.add_row(label, *cells)
     console.print(table)
+    if found is not None and max(found.retrieval.text_to_image) >= found.retrieval.num_images:
+        console.print("–: K takes every candidate, and so finds the right one whatever the model")
     for column in columns:
         _say_what_is_missing(column, console)
     if document["trained_on"]:
@@ -302,7 +364,9 @@ def _rows(columns: list[_Column]) -> list[tuple[str, list[str]]]:
 def _recall(column: _Column, direction: str, k: int) -> str:
     if column.retrieval is None:
         return "–"
-    recall = getattr(column.retrieval.retrieval, direction)[k]
+    recall = column.retrieval.recalls(direction).get(k)
+    if recall is None:
+        return "–"
     low, high = getattr(column.retrieval.intervals, direction)[k]
     return f"{100 * recall:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
@@ -319,7 +383,8 @@ def _say_what_is_missing(column: _Column, console: Console) -> None:
     if unread:
         shown = "; ".join(list(unread.values())[:_NAMES_SHOWN])
         console.print(
-            f"[yellow]{name}: {len(unread)} images could not be read: {escape(shown)}[/]",
+            f"[yellow]{name}: {len(unread)} images could not be read and are left out with their "
+            f"captions, which makes retrieval easier: {escape(shown)}[/]",
             soft_wrap=True,
         )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,6 @@ from torch import Tensor
 
 from fastgoal_kernels import maxsim_topk
 
-from .caft.data import IMAGE_ENDINGS, json_object
 from .caft.model import Caft
 from .caft.scoring import SCORES as CAFT_SCORES
 from .caft.scoring import caft_ranks, encode
@@ -32,7 +29,7 @@ from .encoding import (
 )
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
-from .glit import GlitRecord, Unusable, crop_region, json_lines, load_image
+from .glit import GlitRecord, crop_region, load_image
 from .retrieval import Intervals, Ranks, Retrieval, candidates_needed, feature_ranks, ranks_of_best
 from .sets import CaptionedImage, CaptionSet
 
@@ -66,8 +63,17 @@ class Evaluated:
     found: Found | None = field(default=None, compare=False, repr=False)
     """what each caption found, where that was asked for"""
 
+    def recalls(self, direction: str) -> dict[int, float]:
+        """Recall@K of "text_to_image" or "image_to_text", by K.
+
+        Without the K that take every candidate: that recalls all, whatever the model.
+        """
+        found = self.retrieval
+        candidates = found.num_images if direction == "text_to_image" else found.num_texts
+        return {k: recall for k, recall in getattr(found, direction).items() if k < candidates}
+
     def as_json(self) -> dict[str, Any]:
-        """Plain values; recalls and their 95 % intervals as shares."""
+        """Plain values; recalls and their 95 % intervals as shares, for the K of `recalls`."""
         return {
             "score": self.score,
             "images": self.retrieval.num_images,
@@ -79,10 +85,10 @@ class Evaluated:
         }
 
     def _direction(self, name: str) -> dict[str, Any]:
-        recalls, intervals = getattr(self.retrieval, name), getattr(self.intervals, name)
+        intervals = getattr(self.intervals, name)
         return {
             str(k): {"recall": recall, "interval": list(intervals[k])}
-            for k, recall in recalls.items()
+            for k, recall in self.recalls(name).items()
         }
 
 
@@ -348,65 +354,3 @@ def joint_precision(
         return float(torch.cat(blocks).mean())
 
     return JointPrecision(precision(t, v), precision(v, t), at, len(with_pairs))
-
-
-# -- was it trained on? ---------------------------------------------------------------------------
-
-
-def training_images(annotations: Path) -> list[Path]:
-    """The images that a file of training data names, whether they are here or not.
-
-    JSON lines with an `image`, relative to the file's folder, or a shard, whose images lie in it.
-    Raises ConfigError where it names none.
-    """
-    if not annotations.is_file():
-        raise ConfigError(f"--trained-on {annotations}: there is no such file")
-    if annotations.suffix == ".tar":
-        with tarfile.open(annotations) as tar:
-            names = [m.name for m in tar if m.name.lower().rpartition(".")[2] in IMAGE_ENDINGS]
-    else:
-        names = []
-        with annotations.open("rb") as file:
-            for number, line in json_lines(file):
-                try:
-                    image = json_object(line, f"line {number}").get("image")
-                except Unusable:
-                    continue
-                if isinstance(image, str):
-                    names.append(image)
-    if not names:
-        raise ConfigError(f"--trained-on {annotations} names no image: nothing was compared")
-    return [annotations.parent / name for name in names]
-
-
-def trained_on(tested: CaptionSet, training: Iterable[Path]) -> list[str]:
-    """The ids of test images that are among the training images: by name, or byte for byte.
-
-    By the file's name without its ending, where that is no mere number below a million: GLIT100k
-    and DCI both keep SA-1B's names. By content only files of equal size are compared.
-    """
-    names: set[str] = set()
-    sizes: dict[int, list[Path]] = {}
-    for path in training:
-        names.add(path.stem)
-        if path.is_file():
-            sizes.setdefault(path.stat().st_size, []).append(path)
-    digests: dict[int, set[bytes]] = {}
-    found = []
-    for item in tested.images:
-        if _telling(item.image.stem) and item.image.stem in names:
-            found.append(item.id)
-        elif item.image.is_file() and (size := item.image.stat().st_size) in sizes:
-            if size not in digests:
-                digests[size] = {_digest(path) for path in sizes[size]}
-            if _digest(item.image) in digests[size]:
-                found.append(item.id)
-    return found
-
-
-def _telling(stem: str) -> bool:
-    return not (stem.isdecimal() and int(stem) < 1_000_000)
-
-
-def _digest(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()

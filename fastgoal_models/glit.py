@@ -87,6 +87,8 @@ class SkipReport:
     """records that are kept"""
     counts: dict[str, int] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
+    hint: str | None = None
+    """what to do about it, where that is known"""
 
     NAMES_KEPT = 3
 
@@ -108,7 +110,7 @@ class SkipReport:
         for reason, count in self.counts.items():
             more = ", …" if count > len(self.names[reason]) else ""
             lines.append(f"  {count} × {reason}: {', '.join(self.names[reason])}{more}")
-        return "\n".join(lines)
+        return "\n".join([*lines, self.hint] if self.hint else lines)
 
 
 class Unusable(Exception):
@@ -279,7 +281,24 @@ def read_glit(
                 seen.add(found.id)
                 records.append(found)
     report.read = len(records)
+    report.hint = hint_at_root(jsonl, folder, report)
     return records, report
+
+
+def hint_at_root(jsonl: Path, folder: Path, report: SkipReport) -> str | None:
+    """Where the images may be, if not one of them is in `folder`.
+
+    `fastgoal prepare` notes the folder beside what it writes.
+    """
+    if report.read or report.counts.keys() != {"image is missing"}:
+        return None
+    try:
+        note = json.loads(jsonl.with_name(f"{jsonl.name}.provenance.json").read_text("utf-8"))
+        root = str(note["root"])
+    except (OSError, ValueError, TypeError, KeyError):
+        root = "FOLDER"
+    option = f"--root {root}, or for --eval-data --eval-root {root}"
+    return f"No image is in {folder}, where their paths start. Fix: {option}"
 
 
 def json_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:

@@ -6,19 +6,22 @@ keep much of both, and cost nothing: (1 − alpha) · old + alpha · new.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from .checkpoints import latest_checkpoint, save_tensors_atomically
+from .checkpoints import save_tensors_atomically
 from .errors import ConfigError
-from .hf_checkpoints import read_weights
+from .loading import differences, name_of
 from .positional import stretch_positional_embedding
+from .trained import Trained, load_weights, notes_as_metadata
 
 _SHOWN = 3  # differences that an error names
 _POSITIONS = ("positional_embedding", "text.positional_embedding")
@@ -41,18 +44,20 @@ def run_interpolate(options: InterpolateOptions, console: Console) -> None:
         raise ConfigError(f"OUT must be a .safetensors file, not {options.out}")
     if options.out.exists() and not options.force:
         raise ConfigError(f"{options.out} exists already. Fix: --force replaces it")
-    files = _weights_of(options.old), _weights_of(options.new)
-    old, new = (_as_open_clip(read_weights(file)) for file in files)
-    old, stretched = _stretched_like(old, new)
-    weights = interpolate(old, new, options.alpha)
-    save_tensors_atomically(weights, options.out, {"format": "pt"})
+    sides = _read(options.old, "OLD"), _read(options.new, "NEW")
+    notes = _notes_of_both(*sides)
+    name = name_of(notes)
+    old, stretched = _stretched_like(sides[0].weights, sides[1].weights)
+    weights = interpolate(old, sides[1].weights, options.alpha)
+    save_tensors_atomically(weights, options.out, notes_as_metadata(notes))
     if stretched:
         console.print(f"The old model's texts were stretched to {stretched} positions.")
     console.print(
         escape(
-            f"Wrote {options.out}: {1 - options.alpha:g} · {files[0]} + {options.alpha:g} · "
-            f"{files[1]}, {len(weights)} tensors. To load it, with the name of their model:\n"
-            f"  --model NAME --pretrained {options.out}"
+            f"Wrote {options.out}: {1 - options.alpha:g} · ({sides[0].name}) + {options.alpha:g} · "
+            f"({sides[1].name}), {len(weights)} tensors. To load it"
+            f"{'' if name else ', with the name of their model'}:\n"
+            f"  --model {shlex.quote(name or 'NAME')} --pretrained {shlex.quote(str(options.out))}"
         ),
         highlight=False,
         soft_wrap=True,
@@ -106,11 +111,20 @@ def _differences(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[s
     return found
 
 
-def _weights_of(path: Path) -> Path:
-    """The file of weights that is meant: itself, a checkpoint's, or that of a run's newest."""
-    if not path.is_dir() or (path / "model.safetensors").is_file():
-        return path
-    return latest_checkpoint(path / "checkpoints") or latest_checkpoint(path) or path
+def _read(path: Path, argument: str) -> Trained:
+    """The weights that are meant, under open_clip's names."""
+    found = load_weights(path, argument)
+    return found._replace(weights=_as_open_clip(found.weights))
+
+
+def _notes_of_both(old: Trained, new: Trained) -> dict[str, Any]:
+    """What is noted of the model that both are of. Raises ConfigError where there are two."""
+    one, two = (side.notes.get("architecture") for side in (old, new))
+    if isinstance(one, dict) and isinstance(two, dict):
+        differing = differences(one, {"preprocess_cfg": None} | two, new.name)
+        if differing:
+            raise ConfigError(f"{old.name} is of another model: {', '.join(differing)}")
+    return new.notes or old.notes
 
 
 def _as_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from torch import Tensor
 
 from .caft.config import CaftConfig
 from .caft.model import Caft
-from .checkpoints import Checkpoint, latest_checkpoint, load_checkpoint
 from .errors import ConfigError
 from .fast_goal import FastGoalModel, text_positions_in
 from .options import create_model
+from .trained import Trained, is_trained, load_trained, notes_on
 
 CAFT_NAMES = ("caft-b", "caft-s", "caft-xs")
 
@@ -60,7 +60,10 @@ def architecture(model: str, pretrained: str | None) -> dict[str, Any]:
         return config
     config = open_clip.get_model_config(model)
     if config is None:
-        raise ConfigError(f"open_clip has no model {model!r}, nor is it a JSON file with one")
+        raise ConfigError(
+            f"open_clip has no model {model!r}, nor is it a JSON file with one, nor a folder of a "
+            "run of `fastgoal train`"
+        )
     tag = pretrained if pretrained and not Path(pretrained).is_file() else None
     known = open_clip.get_pretrained_cfg(model, tag) if tag else {}
     if known.get("quick_gelu"):
@@ -107,54 +110,84 @@ def load_model(
     if Path(model).is_dir():
         if pretrained is not None:
             raise ConfigError(f"{model} has weights of its own: leave --pretrained out")
-        return _from_run(Path(model))
+        return _of_run(load_trained(Path(model)))
     name = model if pretrained is None else f"{model}, {pretrained}"
     if model in CAFT_NAMES or _is_caft(model):
         config = CaftConfig.load(model)
         if pretrained is None:
             return Loaded(Caft.create(config, superpixels="slic"), name, True, {})
-        return Loaded(Caft.from_checkpoint(pretrained, config), name, False, {})
-    if pretrained is not None:
-        _refuse_another_architecture(model, Path(pretrained))
+        noted = notes_on(Path(pretrained))
+        how = {key: noted[key] for key in ("superpixels", "published") if key in noted}
+        return Loaded(Caft.from_checkpoint(pretrained, config, **how), name, False, {})
+    noted = None if pretrained is None else _noted_architecture(model, Path(pretrained))
     if context_length is None and pretrained is not None and Path(pretrained).is_file():
         context_length = text_positions_in(Path(pretrained))
-    known = architecture(model, pretrained)
+    known = noted or architecture(model, pretrained)
     if context_length is None:
         context_length = known["text_cfg"].get("context_length", 77)
-    clip = create_model(model, pretrained, seed, context_length)
+    clip = create_model(noted or model, pretrained, seed, context_length)
     return Loaded(clip, name, pretrained is None, {})
 
 
-def _refuse_another_architecture(model: str, weights: Path) -> None:
-    """Raises ConfigError where the run that wrote `weights` notes another model beside them.
+def _noted_architecture(model: str, weights: Path) -> dict[str, Any] | None:
+    """The architecture that is noted of `weights`, with how it wants its pictures; None: nothing.
 
-    Not every difference shows in the weights' shapes: QuickGELU has none, nor have heads.
+    Raises ConfigError where `model` is another one: not every difference shows in the weights'
+    shapes: QuickGELU has none, nor have heads.
     """
-    try:
-        manifest = json.loads((weights.parent / "checkpoint.json").read_text("utf-8"))
-        noted = manifest["config"]["architecture"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return  # not of a run, or of one that noted nothing
-    if not weights.is_file() or not isinstance(noted, dict):
-        return
-    there, here = _settings(noted), _settings(architecture(model, str(weights)))
-    differing = [
-        f"{name} is {there.get(name)!r} there and {here.get(name)!r} in {model}"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]
+    notes = notes_on(weights)
+    noted = notes.get("architecture")
+    if not isinstance(noted, dict):
+        return None
+    differing = differences(noted, architecture(model, str(weights)), model)
     if differing:
+        run, name = weights.parent, name_of(notes) or "NAME, the one it is of"
+        fix = f"--model {run} without --pretrained" if is_trained(run) else f"--model {name}"
         raise ConfigError(
             f"--pretrained {weights} is of a run with another model: {', '.join(differing)}. "
-            f"Fix: --model {weights.parent} without --pretrained"
+            f"Fix: {fix}"
         )
+    return noted
+
+
+def name_of(notes: Mapping[str, Any]) -> str | None:
+    """What to give to --model for the model in the notes of a run; None where nothing is known.
+
+    The name that the run was given, if it says all: OpenAI's tags have QuickGELU, which their names
+    alone have not.
+    """
+    given, noted = notes.get("model"), notes.get("architecture")
+    if isinstance(given, dict):
+        config = CaftConfig.load(given)
+        return next((name for name in CAFT_NAMES if CaftConfig.load(name) == config), None)
+    if not isinstance(noted, dict):
+        return None
+    for name in (str(given), f"{given}-quickgelu", *open_clip.list_models()):
+        try:
+            if not differences(noted, architecture(name, None), name):
+                return name
+        except ConfigError:
+            continue
+    return None
+
+
+def differences(noted: dict[str, Any], other: dict[str, Any], name: str) -> list[str]:
+    """In words, where an architecture that a run noted differs from the other, called `name`.
+
+    Not the text positions, of which the weights have the number, nor how pictures are normalised,
+    where the other does not say it.
+    """
+    there, here = _settings(noted), _settings(other)
+    here.setdefault("preprocess_cfg", there.get("preprocess_cfg"))
+    return [
+        f"{key} is {there.get(key)!r} there and {here.get(key)!r} in {name}"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration in open_clip's JSON layout, flat and with its defaults.
-
-    Without the text positions, of which the weights themselves have the number.
-    """
+    """A configuration in open_clip's JSON layout, flat, with its defaults, less text positions."""
     flat: dict[str, Any] = {"quick_gelu": False, "custom_text": False} | config
     for part, defaults in (("vision_cfg", CLIPVisionCfg()), ("text_cfg", CLIPTextCfg())):
         settings = asdict(defaults) | flat.pop(part, {})
@@ -169,46 +202,32 @@ def _is_caft(model: str) -> bool:
     return "parts" in architecture(model, None).get("text_cfg", {})
 
 
-def _from_run(folder: Path) -> Loaded:
-    checkpoint = _checkpoint(folder)
-    noted = checkpoint.config
-    average = _moving_average(checkpoint)
-    name = f"{folder}, step {checkpoint.step}" + (", averaged" if average else "")
-    weights = checkpoint.path / "model.safetensors"
+def _of_run(trained: Trained) -> Loaded:
+    noted = trained.notes
     if isinstance(noted.get("model"), dict):
-        caft = Caft.from_checkpoint(
-            weights,
-            CaftConfig.load(noted["model"]),
-            superpixels=noted["superpixels"],
-            published=noted["published"],
-        )
-        caft.load_state_dict(average, strict=False)
-        return Loaded(caft, name, False, noted)
+        return Loaded(caft_of(trained), trained.name, False, noted)
     if not isinstance(noted.get("architecture"), dict):
         raise ConfigError(
-            f"{checkpoint.path} does not say which model it is of. Fix: --model NAME --pretrained "
-            f"{weights}"
+            f"{trained.name}: it does not say which model it is of. Fix: --model NAME --pretrained "
+            "FILE, its model.safetensors"
         )
-    clip = FastGoalModel.create(
-        noted["architecture"], weights, context_length=noted["context_length"]
+    clip = FastGoalModel.create(noted["architecture"], context_length=noted["context_length"])
+    clip.load_state_dict(trained.weights)
+    return Loaded(clip, trained.name, False, noted)
+
+
+def caft_of(trained: Trained, model: str | None = None, superpixels: str | None = None) -> Caft:
+    """The CAFT that a run trained, or its weights in another configuration, by other superpixels.
+
+    Raises ConfigError where the run trained something else, CheckpointError for weights that do not
+    fit the other configuration.
+    """
+    noted = trained.notes
+    if not isinstance(noted.get("model"), dict):
+        raise ConfigError(f"{trained.name}: it is of no `fastgoal train caft`")
+    return Caft.from_checkpoint(
+        trained.weights,
+        CaftConfig.load(model or noted["model"]),
+        superpixels=superpixels or noted["superpixels"],
+        published=noted["published"],
     )
-    clip.load_state_dict(average, strict=False)
-    return Loaded(clip, name, False, noted)
-
-
-def _moving_average(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The averaged weights of a run that kept some (`ema`); else none."""
-    state = checkpoint.state.get("ema", {})
-    return {
-        name.removeprefix("module."): tensor
-        for name, tensor in state.items()
-        if name.startswith("module.")
-    }
-
-
-def _checkpoint(folder: Path) -> Checkpoint:
-    path = folder if (folder / "model.safetensors").is_file() else None
-    path = path or latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder)
-    if path is None:
-        raise ConfigError(f"{folder} holds no checkpoint of `fastgoal train`")
-    return load_checkpoint(path)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, UserError
+from .errors import ConfigError, UserError, how_to_install
 from .fast_goal import FastGoalModel
 from .options import tensors_digest
 
@@ -115,4 +115,4 @@ def _config(rank: int) -> Any:
             target_parameters=["attn.in_proj_weight"],
         )
     except (ImportError, TypeError) as error:  # TypeError: it has no target_parameters yet
-        raise LoraError(f"--lora: {error}. Fix: pip install 'fastgoal[lora]'") from error
+        raise LoraError(f"--lora: {error}. Fix: {how_to_install('lora')}") from error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +18,12 @@ from .glit import GlitRecord
 
 
 def create_model(
-    model: str | Path, pretrained: str | None, seed: int, context_length: int = 248
+    model: str | Path | Mapping[str, Any],
+    pretrained: str | None,
+    seed: int,
+    context_length: int = 248,
 ) -> FastGoalModel:
-    """A FastGoalModel by open_clip name or JSON file; random weights depend on `seed` alone.
+    """A FastGoalModel by open_clip name, JSON file or its contents; random by `seed` alone.
 
     ConfigError for a name, tag or file that does not lead to a model.
     """
@@ -25,10 +31,25 @@ def create_model(
         model = Path(model)
     torch.manual_seed(seed)
     try:
-        return FastGoalModel.create(model, pretrained, context_length=context_length)
+        with _quiet():
+            return FastGoalModel.create(model, pretrained, context_length=context_length)
     except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
         weights = f"weights {pretrained!r}" if pretrained else "random weights"
-        raise ConfigError(f"can not build model {str(model)!r} with {weights}: {error}") from error
+        why = str(error)
+        if "Failed to download" in why:
+            why += " Fix: --pretrained FILE, with weights that are here already"
+        raise ConfigError(f"can not build model {str(model)!r} with {weights}: {why}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a hub that can not be reached logs at each try: the error says it once."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

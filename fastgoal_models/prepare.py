@@ -34,6 +34,7 @@ from .glit import (
     GlitRecord,
     SkipReport,
     Unusable,
+    hint_at_root,
     json_lines,
     load_image,
     parse_line,
@@ -77,7 +78,7 @@ class Prepared:
     parts: int
     parts_missing: int
     images: int = 0
-    """handled by this call, and not before"""
+    """matched by this call, and not before"""
     seconds: float = 0.0
 
 
@@ -146,10 +147,11 @@ def prepare(
             them its way; the caption as it was is kept as `original_caption`.
         share: this process's parts, where several work on one file.
         lines_a_part: what is lost at most when a run is killed.
-        on_images: called with (pictures done, pictures in this process's parts) now and then.
+        on_images: called with (lines done, lines in this process's parts) now and then.
 
     Raises:
-        PrepareError: no input, parts or a result that were made with other options.
+        PrepareError: no input, or none of it usable; parts or a result that were made with other
+            options.
     """
     root = (data.parent if root is None else root).resolve()
     source, share = cut(data, lines_a_part), share or Share()
@@ -172,9 +174,9 @@ def prepare(
     mine = [n for n in range(len(source.starts)) if n % share.of == share.place]
     todo = [n for n in mine if not _part(folder, n).is_file()]
     lines = _lines_in(source, todo, lines_a_part)
-    images, began = 0, time.perf_counter()
+    images, seen, began = 0, 0, time.perf_counter()
     for number in todo:
-        rows, skips, seen = [], [], 0
+        rows, skips = [], []
         numbered = list(source.part(number))
         for found in _pairs_of(numbered, root, matcher, published):
             seen += 1
@@ -183,8 +185,8 @@ def prepare(
             else:
                 rows.append(_row(found, root, matcher, keep_pairs, name))
             if on_images is not None:
-                on_images(images + seen, lines)
-        images += seen
+                on_images(seen, lines)
+        images += len(rows)
         text = json.dumps({"rows": rows, "skips": skips}, ensure_ascii=False)
         write_text_atomically(_part(folder, number), text)
     seconds = time.perf_counter() - began
@@ -199,11 +201,23 @@ def prepare(
             return Prepared(out, False, report, len(source.starts), missing, images, seconds)
         if report is None:
             raise PrepareError(f"parts of {folder} were removed meanwhile. Fix: run it again")
+    elif not report.read:
+        _remove(folder)  # of data that is mended they would be another run's
+        report.hint = hint_at_root(data, root, report)
+        raise PrepareError(f"{data} has no usable record, so nothing was written. {report}")
     else:
         notes = {"name": name, **provenance, "read": report.read, "skipped": report.counts}
+        notes["root"] = str(root)  # for who looks for the images; the pairs do not depend on it
         _note(folder, beside, json.dumps(notes | {"names": report.names}, indent=1) + "\n")
     _remove(folder)
     return Prepared(out, True, report, len(source.starts), 0, images, seconds)
+
+
+def kept_lines(data: Path, out: Path, lines_a_part: int = PART) -> tuple[int, int]:
+    """How many lines of `data` lie in parts that are done, and how many there are."""
+    source, folder = cut(data, lines_a_part), _beside(out, ".parts")
+    done = [n for n in range(len(source.starts)) if _part(folder, n).is_file()]
+    return _lines_in(source, done, lines_a_part), source.lines
 
 
 # -- one part -------------------------------------------------------------------------------------
@@ -346,7 +360,8 @@ def _report(folder: Path, numbers: Sequence[int]) -> SkipReport:
 def _join(folder: Path, parts: int, out: Path) -> SkipReport | None:
     """Write the whole file from its parts, in one step; of equal ids the first stays.
 
-    None where another shard did so meanwhile, and took the parts away.
+    None where another shard did so meanwhile, and took the parts away. Without a record there is
+    no file.
     """
     report, seen, joined = SkipReport(), set(), 0
     # Among the parts, so that what a killed run leaves of it goes with them.
@@ -368,7 +383,8 @@ def _join(folder: Path, parts: int, out: Path) -> SkipReport | None:
             os.fsync(file.fileno())
         if joined < parts:
             return None
-        temporary.replace(out)
+        if report.read:
+            temporary.replace(out)
     except FileNotFoundError:
         return None
     finally:

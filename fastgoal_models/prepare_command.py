@@ -14,7 +14,7 @@ from .devices import parse_device
 from .flism import Matcher, RegionRules
 from .loading import load_fast_goal
 from .options import tensors_digest
-from .prepare import Prepared, Share, prepare
+from .prepare import Prepared, Share, kept_lines, prepare
 from .progress import counting
 
 _CLIP_CONTEXT = 77  # a sentence is 18 to 24 tokens
@@ -68,18 +68,24 @@ def run_prepare(options: PrepareOptions, console: Console) -> Prepared:
     )
     bar = counting(console, "images")
     task = bar.add_task("local pairs", total=None)
-    with bar:
-        done = prepare(
-            options.data,
-            options.out,
-            matcher,
-            root=options.root,
-            identity={"model": loaded.name, "weights": tensors_digest(model.state_dict())},
-            keep_pairs=options.keep_pairs,
-            published=options.published,
-            share=share,
-            on_images=lambda at, of: bar.update(task, completed=at, total=of),
-        )
+    try:
+        with bar:
+            done = prepare(
+                options.data,
+                options.out,
+                matcher,
+                root=options.root,
+                identity={"model": loaded.name, "weights": tensors_digest(model.state_dict())},
+                keep_pairs=options.keep_pairs,
+                published=options.published,
+                share=share,
+                on_images=lambda at, of: bar.update(task, completed=at, total=of),
+            )
+    except KeyboardInterrupt:
+        kept, lines = kept_lines(options.data, options.out)
+        raise KeyboardInterrupt(
+            f"Stopped: {kept} of {lines} lines are kept; the same command goes on."
+        ) from None
     _say(done, options, console)
     return done
 

@@ -82,8 +82,11 @@ class Index:
                     file.get_tensor("features"),
                     notes["weights"],
                 )
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path} can not be read as an index: {error}") from error
+        except (SafetensorError, OSError, KeyError) as error:
+            raise ConfigError(
+                f"{path} is neither a folder of images nor an index that `fastgoal embed` wrote: "
+                f"{error}"
+            ) from error
 
 
 def make_index(
@@ -112,8 +115,11 @@ def identity_of(model: FastGoalModel) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The pictures below a folder. Raises ConfigError where there are none."""
-    paths = picture_files(folder) if folder.is_dir() else []
+    """The pictures below a folder. Raises ConfigError where there are none, or no folder."""
+    if not folder.is_dir():
+        what = "is a file, and no folder of images" if folder.exists() else "does not exist"
+        raise ConfigError(f"{folder} {what}")
+    paths = picture_files(folder)
     if not paths:
         raise ConfigError(f"{folder} holds no pictures")
     return paths

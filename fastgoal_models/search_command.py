@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from .caft.model import Caft
-from .checkpoints import write_text_atomically
 from .devices import parse_device
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
+from .json_output import write_json
 from .loading import Loaded, load_fast_goal, load_model
 from .progress import counting
 from .search import Hit, Index, files_below, make_index, search_index, search_with_caft
@@ -30,8 +29,15 @@ class ModelOptions:
     device: str | None = None
 
 
-def run_embed(images: Path, out: Path, options: ModelOptions, console: Console) -> None:
+def run_embed(
+    images: Path, out: Path, options: ModelOptions, force: bool, console: Console
+) -> None:
     """Write the index of a folder's images. Raises what a user can mend (see `cli`)."""
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out: {out} must end in .safetensors")
+    if out.exists() and not force:
+        raise ConfigError(f"--out: {out} exists already. Fix: --force replaces it")
+    files_below(images)  # what is not there is said before the model is loaded
     loaded = load_fast_goal(
         options.model, options.pretrained, context_length=options.context_length
     )
@@ -50,6 +56,7 @@ def run_search(
     options: ModelOptions,
     sheet: Path | None,
     json_path: Path | None,
+    command: str,
     console: Console,
 ) -> list[Hit]:
     """Find, show and draw. `source`: a folder of images, or an index of one."""
@@ -57,15 +64,18 @@ def run_search(
         from .sheets import check_ending
 
         check_ending(sheet)  # before the search, not after it
+    stored = Index.load(source) if source.is_file() else None
+    source = source.resolve()  # so that a CAFT's hits are named as an index names them
+    paths = [] if stored is not None else files_below(source)
     loaded: Loaded = load_model(
         options.model, options.pretrained, context_length=options.context_length
     )
     model = loaded.model.to(parse_device(options.device)).eval()
     _warn_of_random(loaded.random, console)
     if isinstance(model, Caft):
-        if score not in (None, "blended") or source.is_file():
+        if score not in (None, "blended") or stored is not None:
             raise ConfigError("a CAFT searches a folder, by its blended score alone")
-        paths = files_below(source)
+        score = "blended"
         with counting(console, "images") as bar:
             task = bar.add_task("encoding", total=len(paths))
             hits, lost = search_with_caft(
@@ -74,20 +84,23 @@ def run_search(
             )  # fmt: skip
         _say_lost(lost, console)
     else:
-        index = (
-            Index.load(source)
-            if source.is_file()
-            else _index(model, source, options.batch_size, console)
-        )
-        hits = search_index(
-            model, index, query, k, score=score or "reranked", batch_size=options.batch_size
-        )
+        score = score or "reranked"
+        index = stored or _index(model, source, options.batch_size, console)
+        hits = search_index(model, index, query, k, score=score, batch_size=options.batch_size)
+    console.print(f"by {score} score of {escape(loaded.name)}:", highlight=False, soft_wrap=True)
     for place, hit in enumerate(hits, start=1):
         console.print(f"{place:>3}  {hit.score:.4f}  {escape(str(hit.image))}", soft_wrap=True)
-    if json_path is not None:
-        found = [{"image": str(hit.image), "score": hit.score} for hit in hits]
-        document = {"query": query, "model": loaded.name, "images": found}
-        write_text_atomically(json_path, json.dumps(document, indent=1) + "\n")
+    document = {
+        "schema": 1,
+        "kind": "search",
+        "command": command,
+        "model": loaded.name,
+        "random_weights": loaded.random,
+        "query": query,
+        "score": score,
+        "images": [{"image": str(hit.image), "score": hit.score} for hit in hits],
+    }
+    write_json(document, json_path, console)
     if sheet is not None:
         from .sheets import draw_sheet
 

@@ -69,7 +69,7 @@ class WeightsAndBiases:
 
     Args:
         out: the run's folder.
-        notes: shown as the run's configuration.
+        notes: shown as the run's configuration, as they are when it starts.
         resume: go on with the W&B run of this folder.
 
     Raises UserError where wandb is not installed, or (in `with`) will not start.
@@ -81,8 +81,7 @@ class WeightsAndBiases:
         except ModuleNotFoundError as error:
             raise UserError(f"--wandb: {error}. Fix: pip install wandb") from error
         self.wandb: Any = wandb
-        self.out, self.resume = Path(out), resume
-        self.notes = json.loads(json.dumps(dict(notes), default=str))  # paths as text
+        self.out, self.notes, self.resume = Path(out), notes, resume
         self.run: Any = None
 
     def __enter__(self) -> WeightsAndBiases:
@@ -97,7 +96,7 @@ class WeightsAndBiases:
                 dir=str(self.out),
                 id=name.read_text("utf-8"),
                 resume="allow",
-                config=self.notes,
+                config=json.loads(json.dumps(dict(self.notes), default=str)),  # paths as text
             )
         except self.wandb.Error as error:
             raise UserError(f"--wandb: W&B did not start: {error}") from error

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import types
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from .checkpoints import write_text_atomically
 from .devices import parse_device
-from .errors import ConfigError
+from .errors import ConfigError, need_file
 from .fast_goal import FastGoalModel
 from .fast_goal_training import RECIPES, FastGoalTrainConfig
 from .flism import match_pairs
@@ -27,21 +22,12 @@ from .loading import LoadedFastGoal, architecture, load_fast_goal
 from .lora import LoraAdapters, check_lora
 from .options import records_digest, tensors_digest
 from .preprocessing import unlike_clip
+from .run_config import Method, fit_batch
 from .trackers import trackers, watched
-from .train_evaluation import retrieval_evaluation
-from .training import TrainingError, TrainResult, train, uses_bf16
-
-CONFIG_FILE = "config.yaml"
-
-_HEADER = """\
-# All options of this run. The same again: fastgoal train fast-goal --config THIS_FILE --out FOLDER
-# Options on the command line win over these. Paths start at the folder the command is given in.
-"""
+from .train_evaluation import check_evaluation, retrieval_evaluation
+from .training import TrainingError, TrainResult, precision_name, train
 
 _CONTEXT_LENGTH = 248  # of a model that is not a run's
-
-# As they are typed, and as they are called here.
-_ALIASES = {"lr": "learning_rate"}
 
 
 @dataclass(frozen=True)
@@ -63,65 +49,13 @@ class TrainOptions:
     eval_data: Path | None = None
     eval_root: Path | None = None
     strict: bool = False
+    fit_batch: bool = False  # a batch of all records where they do not fill one
     device: str | None = None
     tensorboard: bool = False
     wandb: bool = False
 
 
-def resolve_options(
-    given: Mapping[str, Any], config_file: Path | None = None
-) -> tuple[TrainOptions, FastGoalTrainConfig]:
-    """All options of a run, from those that were given.
-
-    What is given wins over the configuration file, which wins over its own preset; a preset that is
-    given wins over the file. Fields are those of TrainOptions and FastGoalTrainConfig. `steps` and
-    `epochs` stand for each other: the one that wins leaves the other out. A `model` that is a run's
-    folder leaves out what was said of another model's weights and text positions.
-
-    Args:
-        given: by name; values of the fields' own types. `lr` means `learning_rate`.
-        config_file: YAML or JSON, as `save_options` writes it; it need not have all fields.
-
-    Raises ConfigError, naming the option, for one that is unknown, missing, or has a value that
-    makes no sense; OSError for a file that can not be read.
-    """
-    given = {_ALIASES.get(name, name): value for name, value in given.items()}
-    from_file = {} if config_file is None else _read_config(config_file)
-    preset = given.get("preset", from_file.get("preset", "default"))
-    if preset not in RECIPES:
-        raise ConfigError(f"--preset must be one of {', '.join(RECIPES)}; got {preset!r}")
-    recipe = RECIPES[preset]
-    layers = [from_file, recipe, given] if "preset" in given else [recipe, from_file, given]
-    values: dict[str, Any] = {"epochs": 10}
-    for layer in layers:
-        if any(layer.get(name) is not None for name in ("steps", "epochs")):
-            values |= {"steps": None, "epochs": None}
-        if "model" in layer and Path(layer["model"]).is_dir():
-            values |= {"pretrained": None, "context_length": None}
-        values |= layer
-    missing = [f"--{name}" for name in ("data", "out") if values.get(name) is None]
-    if missing:
-        raise ConfigError(f"{' and '.join(missing)} missing. Fix: give it, or a --config with it")
-    own = {field.name for field in fields(TrainOptions)}
-    options = TrainOptions(**{name: value for name, value in values.items() if name in own})
-    rest = {name: value for name, value in values.items() if name not in own}
-    return options, FastGoalTrainConfig(**rest)
-
-
-def save_options(options: TrainOptions, config: FastGoalTrainConfig) -> Path:
-    """Write `config.yaml` into the run's folder, whole or not at all; returns its path."""
-    path = config.out / CONFIG_FILE
-    values = asdict(options) | asdict(config)
-    plain = {name: _plain(value) for name, value in values.items()}
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    write_text_atomically(path, _HEADER + text)
-    return path
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+METHOD = Method("fast-goal", TrainOptions, FastGoalTrainConfig, RECIPES)
 
 
 def run_training(
@@ -131,10 +65,11 @@ def run_training(
     # First: a mistyped option should not wait for the data.
     device = parse_device(options.device)
     _check_what_trains(options)
-    _check_evaluation(options, config)
+    check_evaluation(options.eval_data, options.eval_root, config)
+    noted = asdict(options) | asdict(config)
     others = trackers(
         config.out,
-        asdict(options) | asdict(config),
+        noted,
         tensorboard=options.tensorboard,
         wandb=options.wandb,
         resume=resume,
@@ -142,7 +77,9 @@ def run_training(
     records, skipped = _read(options)
     console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
     if not records:
-        raise TrainingError(f"{options.data} has no usable record")
+        raise TrainingError(f"--data: {options.data} has no usable record")
+    if options.long_captions == "cut":  # else it takes the model to count what is trained on
+        options, config = fit_batch(options, config, len(records), console)
     evaluation = None
     if options.eval_data is not None:
         evaluation = retrieval_evaluation(
@@ -154,10 +91,12 @@ def run_training(
     identity = _identity(loaded, options)
     records = _match_where_missing(model, records, not loaded.random, console)
     dataset = _dataset(model, records, options, config, console)
+    options, config = fit_batch(options, config, len(dataset), console)
+    noted |= asdict(options) | asdict(config)
     console.print(
         f"{len(records)} records, {escape(loaded.name)}"
         f"{' with random weights' if loaded.random else ''}, {device}, "
-        f"{'bf16' if uses_bf16(config, device) else 'float32'}"
+        f"{precision_name(config, device)}"
     )
     adapters = _choose_what_trains(model, options, config, console)
     identity |= {"data": records_digest(records), **_unusual(options)}
@@ -171,7 +110,7 @@ def run_training(
             identity=identity,
             adapters=adapters,
             evaluation=evaluation,
-            on_start=lambda: save_options(options, config),
+            on_start=lambda: METHOD.save(options, config),
             on_step=tell,
             on_eval=tell,
         )
@@ -181,6 +120,7 @@ def run_training(
 
 def _read(options: TrainOptions) -> tuple[list[GlitRecord], SkipReport]:
     if options.data.suffix != ".tar":
+        need_file(options.data, "--data")
         return read_glit(options.data, root=options.root, strict=options.strict)
     if options.root is not None:
         raise ConfigError(
@@ -307,19 +247,6 @@ def _check_what_trains(options: TrainOptions) -> None:
         )
 
 
-def _check_evaluation(options: TrainOptions, config: FastGoalTrainConfig) -> None:
-    if options.eval_data is not None:
-        return
-    asked = {
-        "--eval-root": options.eval_root is not None,
-        "--eval-every": config.eval_every is not None,
-        "--keep-best": config.keep_best,
-    }
-    for name, given in asked.items():
-        if given:
-            raise ConfigError(f"{name} needs something to evaluate on. Fix: --eval-data FILE")
-
-
 def _choose_what_trains(
     model: FastGoalModel, options: TrainOptions, config: FastGoalTrainConfig, console: Console
 ) -> LoraAdapters | None:
@@ -346,61 +273,3 @@ def _unusual(options: TrainOptions) -> dict[str, Any]:
         names.append("top_k")
     values = {name: getattr(options, name) for name in names}
     return {name: value for name, value in values.items() if value != getattr(TrainOptions, name)}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config: {path} must hold options, one a line, as name: value")
-    hints = get_type_hints(TrainOptions) | get_type_hints(FastGoalTrainConfig)
-    values = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        name = _ALIASES.get(name, name)
-        if name not in hints:
-            close = difflib.get_close_matches(name, hints, n=1)
-            meant = f". Did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"--config: {path} has an unknown option {key!r}{meant}")
-        try:
-            values[name] = _as_type(hints[name], value)
-        except (TypeError, ValueError):
-            raise ConfigError(
-                f"--config: {path}: {key} can not be {value!r}. Fix: {_in_words(hints[name])}"
-            ) from None
-    return values
-
-
-def _as_type(hint: Any, value: Any) -> Any:
-    """A value of a YAML file as the type of its field. Raises TypeError or ValueError."""
-    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None:
-        if types.NoneType in kinds:
-            return None
-        raise TypeError
-    kind = kinds[0]
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list) or len(value) != len(get_args(kind)):
-            raise TypeError
-        return tuple(_as_type(k, v) for k, v in zip(get_args(kind), value, strict=True))
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        return float(value)  # YAML takes 5e-6, which has no dot, for a word
-    if type(value) is not kind:
-        raise TypeError
-    return value
-
-
-def _in_words(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(map(_in_words, get_args(hint)))
-    if get_origin(hint) is tuple:
-        return f"a list of {len(get_args(hint))} numbers"
-    names = {
-        int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null",
-        str: "text", Path: "a path",
-    }  # fmt: skip
-    return names[hint]

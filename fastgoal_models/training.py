@@ -276,7 +276,7 @@ def train(
                 f"--{name.replace('_', '-')} needs something to evaluate on. Fix: --eval-data FILE"
             )
     device = default_device() if device is None else torch.device(device)
-    total = _total_steps(config, len(dataset))
+    total = total_steps(config, len(dataset))
     folder, log_path = config.out / "checkpoints", config.out / "log.jsonl"
     run = _run_identity(config, {"records": len(dataset), **(identity or {})})
 
@@ -550,17 +550,19 @@ def _moving_average(model: nn.Module, config: TrainConfig) -> AveragedModel | No
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
 
 
+def precision_name(config: TrainConfig, device: torch.device) -> str:
+    """What the forward pass runs in: "bf16", "fp16" or "float32"."""
+    if config.precision == "auto":
+        is_cuda = device.type == "cuda"
+        has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "float32"
+    return "float32" if config.precision == "fp32" else config.precision
+
+
 def _autocast_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    if config.precision == "fp16":
-        return {"dtype": torch.float16}
-    return {"dtype": torch.bfloat16, "enabled": uses_bf16(config, device)}
-
-
-def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the forward pass runs under bf16 autocast ("auto": where a CUDA device has bf16)."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    name = precision_name(config, device)
+    dtype = torch.float16 if name == "fp16" else torch.bfloat16
+    return {"dtype": dtype, "enabled": name != "float32"}
 
 
 def read_log(out: Path) -> list[StepRecord]:
@@ -602,16 +604,16 @@ def _write_records(path: Path, records: Sequence[StepRecord] | Sequence[EvalReco
     write_text_atomically(path, lines)
 
 
-def _total_steps(config: TrainConfig, records: int) -> int:
-    per_epoch = records // config.batch_size
-    if per_epoch == 0:
+def total_steps(config: TrainConfig, records: int) -> int:
+    """The steps of a run on so many records. Raises TrainingError where they fill no batch."""
+    if records == 0:
+        raise TrainingError("there is no usable record to train on")
+    if records < config.batch_size:
+        fix = f"a batch size of at most {records}" if records > 1 else "give more than one"
         raise TrainingError(
-            f"{records} usable records do not fill one batch of {config.batch_size}; "
-            f"use a batch size of at most {records}"
-            if records
-            else "there is no usable record to train on"
+            f"{records} usable records do not fill one batch of {config.batch_size}. Fix: {fix}"
         )
-    return config.steps if config.steps is not None else (config.epochs or 0) * per_epoch
+    return config.steps or (config.epochs or 0) * (records // config.batch_size)
 
 
 def _run_identity(config: TrainConfig, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,13 +19,13 @@ _GENERATOR = "visual.superpixel_generator."
 _LISTED = 8
 
 
-def load_caft_weights(model: nn.Module, path: Path) -> None:
-    """Load a file's state dict into a Caft, strictly and without running anyone's code.
+def load_caft_weights(model: nn.Module, source: Path | Mapping[str, Tensor]) -> None:
+    """Load a state dict, or that of a file, into a Caft, strictly, running nobody's code.
 
     Reads .safetensors and PyTorch files; the state dict may lie in a training checkpoint under
     "state_dict" or "model", and its names may begin with "module.". Raises CheckpointError.
     """
-    weights = _read(path)
+    weights = _read(source) if isinstance(source, Path) else _named(source)
     wanted = model.state_dict()
     if not any(name.startswith(_GENERATOR) for name in wanted):
         weights = {k: v for k, v in weights.items() if not k.startswith(_GENERATOR)}
@@ -46,9 +46,10 @@ def load_caft_weights(model: nn.Module, path: Path) -> None:
             more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             problems.append(f"{len(names)} {title}: {', '.join(names[:_LISTED])}{more}")
     if problems:
+        what = source if isinstance(source, Path) else "the state dict"
         raise CheckpointError(
-            f"{path} does not hold the weights of this CAFT. {'; '.join(problems)}. Fix: give the "
-            "configuration that the file was trained with"
+            f"{what} does not hold the weights of this CAFT. {'; '.join(problems)}. Fix: give the "
+            "configuration that they were trained with"
         )
     model.load_state_dict(weights)
 

@@ -114,13 +114,13 @@ class Caft(nn.Module):
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | Path,
+        source: str | Path | Mapping[str, Tensor],
         config: str | Path | Mapping[str, Any] | CaftConfig = "caft-b",
         *,
         superpixels: str = "sfcn",
         published: bool = True,
     ) -> Caft:
-        """With the weights of a file: a state dict, also one wrapped in a training checkpoint.
+        """With the weights of a state dict or of a file of one, also wrapped in a checkpoint.
 
         Every name and shape must agree. For superpixels other than "sfcn" the weights of the
         network are left out. `published` is on: released weights were trained with those habits.
@@ -130,7 +130,7 @@ class Caft(nn.Module):
                 a file that can not be read without running code.
         """
         model = cls.create(config, superpixels=superpixels, published=published)
-        load_caft_weights(model, Path(path))
+        load_caft_weights(model, Path(source) if isinstance(source, str) else source)
         return model
 
     def _initialise(self) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..captions import split_sentences
-from ..checkpoints import load_checkpoint
 from ..errors import UserError
 from ..glit import image_tensor, load_image
+from ..loading import caft_of
+from ..trained import load_trained
 from .captions import evaluation_parts
-from .config import CaftConfig
 from .data import text_rows
 from .model import Caft
 from .pictures import caft_maps, draw_caft
@@ -22,14 +22,16 @@ def draw_hierarchy(
     out: Path,
     model: str | None = None,
     superpixels: str | None = None,
-) -> None:
+) -> str:
     """Draw the segments of a photograph and the attention of its caption's parts.
+
+    Returns what to call the model.
 
     Args:
         image: any photograph; it is squashed to the model's square.
         caption: its sentences become the model's parts.
-        checkpoint: a weights file, or a checkpoint folder of `fastgoal train caft`, which knows its
-            own configuration and superpixels.
+        checkpoint: a weights file, or the folder of a run of `fastgoal train caft` or of one of its
+            checkpoints, which knows its own configuration and superpixels.
         out: where to write; its ending chooses the format.
         model: a configuration's name or JSON file.
         superpixels: "sfcn", "slic" or "grid".
@@ -39,27 +41,19 @@ def draw_hierarchy(
     sentences = split_sentences(caption)
     if not sentences:
         raise UserError("the caption has no words")
-    caft = _load(checkpoint, model, superpixels)
+    caft, name = _load(checkpoint, model, superpixels)
     picture = load_image(image)
     parts = evaluation_parts(sentences, caft.config.text.parts)
     pixels = image_tensor(picture, caft.config.image_size)
     maps = caft_maps(caft, pixels, text_rows(parts, caft.tokenizer))
     picture.thumbnail((640, 640))
     draw_caft(picture, parts, maps, out)
+    return name
 
 
-def _load(checkpoint: Path, model: str | None, superpixels: str | None) -> Caft:
-    if not checkpoint.is_dir():
-        return Caft.from_checkpoint(
-            checkpoint, model or "caft-b", superpixels=superpixels or "sfcn"
-        )
-    saved = load_checkpoint(checkpoint)
-    noted = saved.config
-    if not isinstance(noted.get("model"), dict):
-        raise UserError(f"{checkpoint} is no checkpoint of `fastgoal train caft`")
-    return Caft.from_checkpoint(
-        checkpoint / "model.safetensors",
-        CaftConfig.load(model or noted["model"]),
-        superpixels=superpixels or noted["superpixels"],
-        published=noted["published"],
-    )
+def _load(checkpoint: Path, model: str | None, superpixels: str | None) -> tuple[Caft, str]:
+    if checkpoint.is_dir():
+        trained = load_trained(checkpoint)
+        return caft_of(trained, model, superpixels), trained.name
+    caft = Caft.from_checkpoint(checkpoint, model or "caft-b", superpixels=superpixels or "sfcn")
+    return caft, str(checkpoint)

@@ -14,68 +14,79 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..devices import parse_device
-from ..errors import ConfigError
+from ..errors import ConfigError, need_file
 from ..glit import SkipReport
+from ..run_config import Method, fit_batch
 from ..trackers import trackers, watched
-from ..training import TrainingError, TrainResult, train
+from ..train_evaluation import check_evaluation, retrieval_evaluation
+from ..trained import is_trained, load_trained
+from ..training import TrainingError, TrainResult, precision_name, train
 from .config import CaftConfig
 from .data import CaftDataset, CaftRecord, CaftSamples, Splitting, read_caft
 from .model import Caft
 from .shards import read_shards
-from .training import CaftTrainConfig
+from .training import RECIPES, CaftTrainConfig
 
 
 @dataclass(frozen=True)
 class CaftTrainOptions:
-    """The options of `fastgoal train caft`; `changes` are the ones that override the preset."""
+    """The options of `fastgoal train caft`, besides those of the recipe."""
 
     data: Path
-    out: Path
     root: Path | None = None
     model: str = "caft-b"
     checkpoint: Path | None = None
     superpixels: str = "slic"
     preset: str = "default"
     published: bool = False
-    changes: dict[str, Any] | None = None
-    save_every: int | None = None
-    num_workers: int = 0
+    eval_data: Path | None = None
+    eval_root: Path | None = None
+    fit_batch: bool = False  # a batch of all samples where they do not fill one
     compile: bool = False
-    seed: int = 0
-    resume: bool = False
     device: str | None = None
-    precision: str | None = None
     tensorboard: bool = False
     wandb: bool = False
 
 
-def run_caft_training(options: CaftTrainOptions, console: Console) -> TrainResult:
+METHOD = Method("caft", CaftTrainOptions, CaftTrainConfig, {"default": {}, **RECIPES})
+
+
+def run_caft_training(
+    options: CaftTrainOptions, config: CaftTrainConfig, console: Console, *, resume: bool = False
+) -> TrainResult:
     """Read, build, train. Raises what a user can mend (see `cli`)."""
-    config = _config(options)  # first: a mistyped option should not wait for the data
+    # First: a mistyped option should not wait for the data.
     device = parse_device(options.device)
+    check_evaluation(options.eval_data, options.eval_root, config)
+    if options.checkpoint is not None and not is_trained(options.checkpoint):
+        need_file(options.checkpoint, "--checkpoint")
+    noted = asdict(options) | asdict(config)
     others = trackers(
-        options.out,
-        asdict(options) | asdict(config),
-        tensorboard=options.tensorboard,
-        wandb=options.wandb,
-        resume=options.resume,
+        config.out, noted, tensorboard=options.tensorboard, wandb=options.wandb, resume=resume
     )
     splitting = Splitting.published() if options.published else Splitting()
     records, skipped, digest = _read(options, splitting)
     console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
     if not records:
-        raise TrainingError(f"{options.data} has no usable sample")
-    model = _create(options, config.batch_size).to(device)
+        raise TrainingError(f"--data: {options.data} has no usable sample")
+    options, config = fit_batch(options, config, len(records), console)
+    noted |= asdict(options) | asdict(config)
+    evaluation = None
+    if options.eval_data is not None:
+        evaluation = retrieval_evaluation(
+            options.eval_data, options.eval_root, console, published=options.published
+        )
+    model, start = _create(options, config)
+    model.to(device)
     if options.compile:
         model.visual.compile()
         model.transformer.compile()
     dataset = CaftDataset(
-        records, model.tokenizer, model.config.image_size, seed=options.seed, splitting=splitting
+        records, model.tokenizer, model.config.image_size, seed=config.seed, splitting=splitting
     )
-    start = options.checkpoint or "random weights"
     console.print(
-        f"{len(records)} samples, {escape(options.model)} from {escape(str(start))}, "
-        f"{options.superpixels} superpixels, {device}"
+        f"{len(records)} samples, {escape(options.model)} from {escape(start)}, "
+        f"{options.superpixels} superpixels, {device}, {precision_name(config, device)}"
     )
     if options.superpixels == "sfcn" and options.checkpoint is None:
         console.print(
@@ -89,15 +100,18 @@ def run_caft_training(options: CaftTrainOptions, console: Console) -> TrainResul
         "published": options.published,
         "data": digest,
     }
-    with watched(console, others) as on_step:
+    with watched(console, others) as tell:
         result = train(
             model,
             dataset,
             config,
             device=device,
-            resume=options.resume,
+            resume=resume,
             identity=identity,
-            on_step=on_step,
+            evaluation=evaluation,
+            on_start=lambda: METHOD.save(options, config),
+            on_step=tell,
+            on_eval=tell,
         )
     console.print(f"{result.step} of {result.total_steps} steps done: {result.checkpoint}")
     return result
@@ -110,20 +124,25 @@ def _read(options: CaftTrainOptions, splitting: Splitting) -> tuple[CaftSamples,
             raise ConfigError("--root is the folder of a JSONL file's images; shards hold theirs")
         samples, skipped = read_shards(options.data, splitting)
         return samples, skipped, samples.digest
+    need_file(options.data, "--data")
     records, skipped = read_caft(options.data, options.root, splitting)
     return records, skipped, _digest(records)
 
 
-def _create(options: CaftTrainOptions, batch_size: int) -> Caft:
+def _create(options: CaftTrainOptions, train_config: CaftTrainConfig) -> tuple[Caft, str]:
+    """The model to start from, and what its weights are."""
     config = CaftConfig.load(options.model)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(train_config.seed)
     how: dict[str, Any] = {"superpixels": options.superpixels, "published": options.published}
     if options.checkpoint is not None:
-        return Caft.from_checkpoint(options.checkpoint, config, **how)
+        if options.checkpoint.is_dir():
+            trained = load_trained(options.checkpoint)
+            return Caft.from_checkpoint(trained.weights, config, **how), trained.name
+        return Caft.from_checkpoint(options.checkpoint, config, **how), str(options.checkpoint)
     model = Caft.create(config, **how)
     if options.preset == "default":
-        _start_biases(model, batch_size)
-    return model
+        _start_biases(model, train_config.batch_size)
+    return model, "random weights"
 
 
 @torch.no_grad()
@@ -135,22 +154,6 @@ def _start_biases(model: Caft, batch_size: int) -> None:
     """
     for bias in (model.logit_bias, model.logit_bias_coarse):
         bias.fill_(max(-math.log(max(batch_size - 1, 1)), float(bias)))
-
-
-def _config(options: CaftTrainOptions) -> CaftTrainConfig:
-    changes: dict[str, Any] = {
-        "seed": options.seed,
-        "save_every": options.save_every,
-        "num_workers": options.num_workers,
-        **(options.changes or {}),
-    }
-    if options.precision is not None:
-        changes["precision"] = options.precision
-    if options.preset != "default":
-        return CaftTrainConfig.published(options.out, options.preset, **changes)
-    if "steps" not in changes:
-        changes.setdefault("epochs", 10)
-    return CaftTrainConfig(out=options.out, **changes)
 
 
 def _digest(records: Sequence[CaftRecord]) -> str:

@@ -22,6 +22,7 @@ TERMS = ("text_conditioned_loss", "fine_loss", "whole_loss")
 # AdamW at 5e-4, betas 0.9 and 0.98, weight decay 0.5, warm-up 2,000 steps, cosine over 32 epochs,
 # fp16 with a scaler, no clipping, 8 GPUs with 256 images each. What a recipe names differs from it.
 _PUBLISHED: dict[str, Any] = {
+    "epochs": 32,
     "batch_size": 2048,
     "learning_rate": 5e-4,
     "weight_decay": 0.5,
@@ -33,10 +34,10 @@ _PUBLISHED: dict[str, Any] = {
     "negatives": "sample",
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    "3m": {},
-    "12m": {"clip_norm": 1.0},
-    "15m": {"learning_rate": 1.67e-4, "eps": 1e-6, "clip_norm": 1.0},
-    "30m": {"weight_decay": 0.2, "eps": 1e-6},
+    "3m": _PUBLISHED,
+    "12m": {**_PUBLISHED, "clip_norm": 1.0},
+    "15m": {**_PUBLISHED, "learning_rate": 1.67e-4, "eps": 1e-6, "clip_norm": 1.0},
+    "30m": {**_PUBLISHED, "weight_decay": 0.2, "eps": 1e-6},
 }
 
 
@@ -69,8 +70,10 @@ class CaftTrainConfig(TrainConfig):
         """
         if recipe not in RECIPES:
             raise ConfigError(f"recipe must be one of {tuple(RECIPES)}; got {recipe!r}")
-        epochs: dict[str, Any] = {"epochs": None if changes.get("steps") is not None else 32}
-        return cls(out=out, **(_PUBLISHED | epochs | RECIPES[recipe] | changes))
+        values = dict(RECIPES[recipe])
+        if changes.get("steps") is not None:
+            values["epochs"] = None
+        return cls(out=out, **(values | changes))
 
     def collate(self, items: Sequence[CaftBatch]) -> CaftBatch:
         """Items of a CAFT data set as one batch, its texts cut after their longest."""

@@ -1,6 +1,6 @@
 """Real photographs with long captions, readable offline.
 
-The pictures are not part of this library: they lie inside packages that `fastgoal[demo]` installs
+The pictures are not part of this library: they lie inside packages that the extra `demo` installs
 (scikit-image, scikit-learn, matplotlib), at the same place and with the same bytes in all the
 versions that the extra allows. What we add is `photographs.jsonl`: one object a line with a long
 caption of our own, its sentences, and the picture's place, size, licence and source.
@@ -16,7 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-_FIX = "install it with: pip install 'fastgoal[demo]'"
+from ..errors import how_to_install
+
+_FIX = f"Fix: {how_to_install('demo')}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _photograph(row: dict[str, Any]) -> Photograph:
     if not path.is_file():
         raise FileNotFoundError(
             f"the package {row['package']!r} has no picture {row['image']!r} "
-            f"(looked for {path}); {_FIX}"
+            f"(looked for {path}). {_FIX}"
         )
     return Photograph(
         id=row["id"],
@@ -94,7 +96,7 @@ def _package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f"the package {package!r}, which holds some of the demo photographs, is not installed; "
+            f"the package {package!r}, which holds some of the demo photographs, is not installed. "
             f"{_FIX}"
         )
     return Path(next(iter(spec.submodule_search_locations)))

@@ -28,7 +28,7 @@ from ..glit import FastGoalDataset, GlitRecord, LocalPair, read_glit, write_glit
 from ..options import create_model, records_digest
 from ..progress import StepPrinter
 from ..retrieval import Retrieval
-from ..training import ConfigError, read_log, train, uses_bf16
+from ..training import ConfigError, precision_name, read_log, train
 from . import maxsim_table, pictures
 from .facts import machine_facts
 from .photographs import write_annotations
@@ -142,7 +142,7 @@ def run_demo(options: DemoOptions, console: Console) -> Path | None:
             model=options.model or "the demo's small ViT",
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             pretrained=options.pretrained,
-            precision="bf16 autocast" if uses_bf16(config, device) else "float32",
+            precision=precision_name(config, device),
             config=config,
             num_photographs=len(records),
             log=log,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from ..checkpoints import write_text_atomically
 from ..errors import ConfigError
+from ..json_output import write_json
 from ..progress import counting
 from .folder import Unpacked, write_folder
 from .hugging_face import HuggingFaceSource
@@ -98,21 +97,19 @@ def run_unpack(
             f"{done.samples} samples in {done.seconds:.1f} s, {rate:.1f} samples/s", highlight=False
         )
     console.print(f"{escape(str(done.jsonl))} written", soft_wrap=True)
-    if json_path is not None:
-        document = {
-            "schema": 1,
-            "kind": "unpack",
-            "command": command,
-            "source": source,
-            "captions": str(done.jsonl),
-            "read": done.report.read,
-            "skipped": done.report.counts,
-            "names": done.report.names,
-            "samples": done.samples,
-            "seconds": done.seconds,
-        }
-        write_text_atomically(json_path, json.dumps(document, indent=1) + "\n")
-        console.print(f"{escape(str(json_path))} written", soft_wrap=True)
+    document = {
+        "schema": 1,
+        "kind": "unpack",
+        "command": command,
+        "source": source,
+        "captions": str(done.jsonl),
+        "read": done.report.read,
+        "skipped": done.report.counts,
+        "names": done.report.names,
+        "samples": done.samples,
+        "seconds": done.seconds,
+    }
+    write_json(document, json_path, console)
     return done
 
 

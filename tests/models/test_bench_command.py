@@ -60,6 +60,7 @@ def test_a_quick_sweep_is_shown_and_written(tmp_path):
     assert "× faster" in text or "× slower" in text
     assert "not on a CUDA device: fastgoal triton × " in text  # who is missing, and why
     assert "mostly the fixed cost" in text
+    assert "Lost races" not in text and "nobody was faster" not in text
     with Image.open(out / "bench.png") as picture:
         picture.load()
         assert min(picture.size) > 300

@@ -111,7 +111,7 @@ def test_what_can_not_be_had_is_refused(spec, said):
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # its import raises ImportError
-    with pytest.raises(ConfigError, match=r"needs transformers.*fastgoal\[hf\]"):
+    with pytest.raises(ConfigError, match=r"needs transformers.*Fix: pip install '\.\[hf\]'"):
         create_detector("transformers:yolos", CPU)
 
 

@@ -87,7 +87,7 @@ def test_without_what_it_can_do_without(tmp_path):
     code = (
         "import sys\n"
         "for name in ('timm', 'transformers', 'triton', 'torchvision'): sys.modules[name] = None\n"
-        "from fastgoal_models.cli import main\n"
+        "from fastgoal_models.__main__ import main\n"
         "main()\n"
     )
     environment = {name: value for name, value in os.environ.items() if name not in NAMES}
@@ -134,7 +134,9 @@ def run(*arguments: object):
 def test_exit_codes(clean, monkeypatch, tmp_path):
     assert run("--device", "cpu").exit_code == 0
     nowhere = run("--device", "toaster")
-    assert nowhere.exit_code == 1 and "device 'toaster' can not be used here" in nowhere.output
+    assert nowhere.exit_code == 2 and "--device: device 'toaster' can not" in nowhere.output
+    assert "Fix: leave --device out" in nowhere.output
+    assert len(nowhere.output.strip().splitlines()) == 1  # and no report
     (tmp_path / "file").write_text("")
     unwritable = run("--device", "cpu", "--json", tmp_path / "file" / "doctor.json")
     assert unwritable.exit_code == 2 and "All is well" in unwritable.output

@@ -3,6 +3,7 @@
 import json
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +20,9 @@ from fastgoal_models.evaluation import (
     caption_set,
     evaluate_set,
     joint_precision,
-    trained_on,
-    training_images,
 )
 from fastgoal_models.glit import crop_region, image_tensor, load_image
+from fastgoal_models.overlap import noted_data, trained_on, training_images
 from fastgoal_models.retrieval import recall_at_k
 from fastgoal_models.sets import CaptionedImage, CaptionSet
 from tests.models.small_models import CONFIG, coloured_records, small_clip
@@ -200,14 +200,18 @@ def test_a_broken_picture_costs_no_result_and_a_files_name_no_papers_rows(record
         "eval", "--model", tmp_path / "model.json", "--data", tmp_path / "coco.jsonl",
         "--json", tmp_path / "e.json", "--resize", "squash", "--device", "cpu",
     ]  # fmt: skip
-    done = CliRunner().invoke(app, [str(word) for word in command])
+    done = fastgoal(*command)
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "e.json").read_text())
     assert document["published"] == [] and document["resize"] == "squash"
     (found,) = document["models"]
     assert list(found["retrieval"]["unread"]) == ["red"]
     assert found["joint"]["records"] == found["pointing"]["sentences"] == 2
-    wrong = CliRunner().invoke(app, [str(word) for word in [*command, "--score", "whole"]])
+    # What is said is of what was evaluated.
+    assert "coco: 2 images, 2 captions" in done.output
+    left_out = "1 images could not be read and are left out with their captions, which makes"
+    assert left_out in done.output and document["note"].startswith(left_out)
+    wrong = fastgoal(*command, "--score", "whole")
     assert wrong.exit_code == 2 and "has global, maxsim" in wrong.output
 
 
@@ -223,7 +227,7 @@ def test_the_command(records, tmp_path):
         "--trained-on", tmp_path / "data.jsonl", "--device", "cpu", "--json", tmp_path / "e.json",
         "--sheets", tmp_path / "sheets",
     ]  # fmt: skip
-    done = CliRunner().invoke(app, [str(word) for word in command])
+    done = fastgoal(*command)
     assert done.exit_code == 0, done.output
     assert "3 test images are among the training images" in done.output
     document = json.loads((tmp_path / "e.json").read_text())
@@ -234,5 +238,93 @@ def test_the_command(records, tmp_path):
     assert len(list((tmp_path / "sheets").glob("rank-*.png"))) == 3
     recall = after["retrieval"]["text_to_image"]["1"]
     assert recall["interval"][0] <= recall["recall"] <= recall["interval"][1]
-    nothing = CliRunner().invoke(app, ["eval", "--model", str(tmp_path / "model.json")])
+    # Each of three has its own in its best five, whatever the model.
+    assert list(after["retrieval"]["text_to_image"]) == ["1"]
+    (row,) = [line for line in done.output.splitlines() if "R@5 text → image" in line]
+    assert row.count("–") == 2 and "100" not in row
+    assert done.output.count("K takes every candidate") == 1
+    nothing = fastgoal("eval", "--model", tmp_path / "model.json")
     assert nothing.exit_code == 2 and "nothing to evaluate on" in nothing.output
+
+
+def test_recall_that_any_model_has_is_no_result(records):
+    items = [CaptionedImage(r.id, r.image, (r.caption, "Short.")) for r in records]
+    found = evaluate_set(small_clip(), CaptionSet("x", items), ks=(1, 2, 3, 5, 6))
+    assert list(found.recalls("text_to_image")) == [1, 2]  # of three images
+    assert list(found.recalls("image_to_text")) == [1, 2, 3, 5]  # of six texts
+    assert found.recalls("image_to_text")[5] == found.retrieval.image_to_text[5]
+
+
+def fastgoal(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "400"})
+
+
+@pytest.fixture
+def tuned(records, tmp_path, monkeypatch):
+    """A run on the first two pictures, and the command that evaluates it on all three."""
+    monkeypatch.chdir(tmp_path)
+    write_glit(records[:2], tmp_path / "trained.jsonl")
+    write_glit(records, tmp_path / "data.jsonl")
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    done = fastgoal(
+        "train", "fast-goal", "--data", "trained.jsonl", "--out", "run", "--model", "model.json",
+        "--steps", 1, "--batch-size", 2, "--context-length", 36, "--device", "cpu",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return ["eval", "--data", "data.jsonl", "--device", "cpu", "--json", "e.json", "--model"]
+
+
+def test_what_a_run_was_trained_on_is_known(tuned, tmp_path):
+    for model in ("run", "run/checkpoints/step-00000001"):
+        done = fastgoal(*tuned, model)
+        assert done.exit_code == 0, done.output
+        assert f"trained on trained.jsonl, says {tmp_path / 'run/config.yaml'}" in done.output
+        assert "2 test images are among the training images: red, green" in done.output
+        assert json.loads((tmp_path / "e.json").read_text())["trained_on"] == ["red", "green"]
+    named = fastgoal(*tuned, "run", "--trained-on", "data.jsonl")
+    assert "3 test images are among" in named.output and "says" not in named.output
+    lone = json.loads((tmp_path / "data.jsonl").read_text().splitlines()[2])
+    (tmp_path / "lone.jsonl").write_text(json.dumps(lone))
+    assert "No test image is among" in fastgoal(*tuned, "run", "--data", "lone.jsonl").output
+    (tmp_path / "trained.jsonl").unlink()
+    done = fastgoal(*tuned, "run")
+    assert done.exit_code == 0 and done.output.count("Fix: --trained-on FILE") == 1
+    assert "among the training images" not in done.output
+
+
+def test_the_images_of_a_run_may_lie_elsewhere(records, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "trained.jsonl").write_text(json.dumps({"image": "a.png", "caption": "x"}) + "\n")
+    (tmp_path / "run/config.yaml").write_text("data: trained.jsonl\nroot: far\n")
+    noted = noted_data("run")
+    assert noted is not None and training_images(noted.data, noted.root) == [Path("far/a.png")]
+    for broken in ("data: [", "- data", "out: run"):
+        (tmp_path / "run/config.yaml").write_text(broken)
+        assert noted_data("run") is None
+    assert noted_data("ViT-B-16") is None
+
+
+def test_the_model_before_reads_as_much_of_a_caption(tuned, tmp_path):
+    plain = ["--before", "model.json"]
+
+    def contexts(*words):
+        done = fastgoal(*tuned, "run", *words)
+        assert done.exit_code == 0, done.output
+        models = json.loads((tmp_path / "e.json").read_text())["models"]
+        return [(m["context_length"], m["stretched_from"]) for m in models], done.output
+
+    found, said = contexts(*plain)
+    assert found == [(36, 24), (36, None)]
+    assert said.count("texts of 36 tokens") == 2 and "positions stretched from 24" in said
+    found, said = contexts(*plain, "--context-length", 24)
+    assert found == [(24, None), (36, None)] and "texts of 24 tokens" in said
+    assert contexts("--before", "run")[0] == [(36, None), (36, None)]
+
+
+@pytest.mark.parametrize("name, fix", [("docci_descriptions.jsonlines", True), ("d.jsonl", False)])
+def test_a_file_of_a_known_set_is_named(tmp_path, name, fix):
+    (tmp_path / name).write_text('{"image_file": "a.jpg", "description": "A cat."}\n')
+    done = fastgoal("eval", "--model", "ViT-B-16", "--data", tmp_path / name)
+    assert done.exit_code == 2 and "has no usable record" in done.output
+    assert (f"Fix: --set docci or docci-goal --root {tmp_path}" in done.output) == fix

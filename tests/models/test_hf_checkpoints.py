@@ -448,7 +448,7 @@ def test_convert_says_what_is_wrong_with_its_arguments(tmp_path, open_clip_weigh
         ("a.pt", "x.pt", "open-clip", "must be a .safetensors file"),
         ("b.pt", "x.safetensors", "open-clip", "unexpected: fc.weight"),
         ("b.pt", "x.safetensors", "hf", "unexpected: fc.weight"),
-        ("none.pt", "x.safetensors", "hf", "none.pt"),
+        ("none.pt", "x.safetensors", "hf", "SOURCE: there is no file"),
     ):
         code, text = convert(tmp_path / source, tmp_path / target, "--to", to)
         assert code == 2 and named in text, text

@@ -128,7 +128,7 @@ def test_refusals(tmp_path):
     out = tmp_path / "between.safetensors"
     both = tmp_path / "old", tmp_path / "new"
     for arguments, words in (
-        ((tmp_path / "gone", both[1], out), "gone"),
+        ((tmp_path / "gone", both[1], out), f"OLD: there is no file {tmp_path / 'gone'}"),
         ((tmp_path, both[1], out), "no weights file"),
         ((*both, tmp_path / "between.pt"), "must be a .safetensors file"),
         ((*both, out, "--alpha", 2), "alpha"),

@@ -86,8 +86,9 @@ def test_a_run_that_kept_an_average_is_judged_by_it(config, tmp_path):
 
 
 def test_names_and_files_that_lead_nowhere(config, tmp_path):
-    with pytest.raises(ConfigError, match="open_clip has no model 'nothing'"):
-        load_model("nothing")
+    for pretrained in (None, "openai"):
+        with pytest.raises(ConfigError, match=r"no model 'nothing', nor .* nor a folder of a run"):
+            load_model("nothing", pretrained)
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         load_model(str(tmp_path))
     (tmp_path / "bad.json").write_text("{")

@@ -161,5 +161,5 @@ def test_refusals(monkeypatch):
     with pytest.raises(ConfigError, match="--lora must be at least 1; got 0"):
         check_lora(0)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(LoraError, match=r"pip install 'fastgoal\[lora\]'"):
+    with pytest.raises(LoraError, match=r"Fix: pip install '\.\[lora\]'"):
         check_lora(2)

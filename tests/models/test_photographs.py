@@ -142,7 +142,7 @@ def test_a_missing_package_is_named_with_the_fix(monkeypatch, missing):
     )
     with pytest.raises(FileNotFoundError, match=missing) as error:
         load_photographs()
-    assert "pip install 'fastgoal[demo]'" in str(error.value)
+    assert "Fix: pip install '.[demo]' in your clone" in str(error.value)
 
 
 def test_a_missing_picture_is_named_with_the_fix(monkeypatch, tmp_path):
@@ -151,4 +151,4 @@ def test_a_missing_picture_is_named_with_the_fix(monkeypatch, tmp_path):
     monkeypatch.setattr(photographs, "find_spec", lambda name: empty)
     with pytest.raises(FileNotFoundError, match=r"skimage.*data/astronaut\.png") as error:
         load_photographs()
-    assert "pip install 'fastgoal[demo]'" in str(error.value)
+    assert "Fix: pip install '.[demo]' in your clone" in str(error.value)

@@ -9,10 +9,12 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from fastgoal_models import FastGoalModel, match_pairs, prepare, read_glit
+from fastgoal_models import FastGoalModel, match_pairs, prepare, prepare_command, read_glit
 from fastgoal_models.caft.captions import split_published
 from fastgoal_models.captions import split_sentences
+from fastgoal_models.cli import app
 from fastgoal_models.detectors import BoxFile
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.flism import Matcher, RegionRules, fixed_regions
@@ -183,7 +185,8 @@ def test_captions_cut_the_published_way(data, model, tmp_path):
 
 def test_a_caption_without_a_published_sentence_is_named(tmp_path, model):
     picture().save(tmp_path / "a.png")
-    data = write_rows(tmp_path, [{"image": "a.png", "caption": "Hm. Ah."}])
+    rows = [{"image": "a.png", "caption": "Hm. Ah."}, row("a.png")]
+    data = write_rows(tmp_path, rows)
     done = run(data, tmp_path / "out.jsonl", make_matcher(model), published=True)
     assert done.report.names == {"caption has no sentence the published way": ["line 1"]}
 
@@ -405,6 +408,63 @@ def test_parts_half_removed_are_not_taken_for_another_runs(data, model, tmp_path
         run(data, out, make_matcher(model), keep_pairs=1)
 
 
+@pytest.mark.parametrize(
+    "rows, why",
+    [
+        ([b" ", b"", b"\t"], "0 records read"),
+        ([b"{", {"image": "gone.png"}], r"1 × line is not JSON: line 1\n  1 × caption is empty"),
+        ([{"image": f"{name}.png", "caption": "A cat."} for name in "ab"], "Fix: --root FOLDER"),
+    ],
+)
+def test_data_of_which_nothing_can_be_used_leaves_nothing(tmp_path, model, rows, why):
+    data, out = write_rows(tmp_path, rows), tmp_path / "out" / "pairs.jsonl"
+    with pytest.raises(PrepareError, match=f"(?s)has no usable record.*{why}"):
+        run(data, out, make_matcher(model), lines_a_part=1)
+    assert list(out.parent.iterdir()) == []
+    picture().save(tmp_path / "good.png")
+    write_rows(tmp_path, [row("good.png"), row("gone.png")])
+    done = run(data, out, make_matcher(model))
+    assert done.done and (done.report.read, done.report.skipped) == (1, 1)
+    assert done.images == 1  # not those that were only looked for
+
+
+def test_a_share_may_be_without_a_usable_record(tmp_path, model):
+    picture().save(tmp_path / "a.png")
+    data, out = write_rows(tmp_path, [row("gone.png"), row("a.png")]), tmp_path / "pairs.jsonl"
+    first = run(data, out, make_matcher(model), share=Share(0, 2), lines_a_part=1)
+    assert not first.done and first.report.read == 0
+    assert run(data, out, make_matcher(model), share=Share(1, 2), lines_a_part=1).done
+
+
+def test_another_folders_pairs_say_where_their_pictures_are(data, undisturbed):
+    """Whoever forgets --root, as they did not need it to make the file, is told what it was."""
+    records, report = read_glit(undisturbed)
+    assert records == [] and f"Fix: --root {data.parent}, or" in str(report)
+    assert len(read_glit(undisturbed, root=data.parent)[0]) == len(CAPTIONS)
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path, model, monkeypatch):
+    data, out = make_data(tmp_path / "data"), tmp_path / "pairs.jsonl"
+
+    def interrupt(at, of):
+        if at == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(data, out, make_matcher(model), on_images=interrupt, lines_a_part=3)
+    assert prepare.kept_lines(data, out, 3) == (6, 7)
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_command, "prepare", stop)
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    words = ["prepare", "--data", data, "--out", out, "--model", tmp_path / "model.json"]
+    done = CliRunner().invoke(app, [*map(str, words), "--device", "cpu"], env={"COLUMNS": "300"})
+    assert done.exit_code == 130
+    assert "Stopped: 7 of 7 lines are kept; the same command goes on." in done.output
+
+
 def test_input_that_is_not_there_is_refused(tmp_path, model):
     with pytest.raises(PrepareError, match=r"none\.jsonl: there is no such file"):
         run(tmp_path / "none.jsonl", tmp_path / "out.jsonl", make_matcher(model))
@@ -483,14 +543,6 @@ def test_of_equal_ids_across_parts_the_first_stays(data, model, tmp_path):
     assert (done.report.read, done.report.counts) == (5, {"id appears twice": 2})
     assert done.report.names == {"id appears twice": ["id 0", "id 0"]}
     assert [found["image"] for found in rows_of(out)] == [f"{at}.png" for at in range(5)]
-
-
-def test_a_set_of_which_nothing_is_usable(tmp_path, model):
-    data = write_rows(tmp_path, [row("a.png"), row("b.png"), b"{", b"", row("c.png")])
-    done = run(data, tmp_path / "out.jsonl", make_matcher(model))
-    assert done.done and (tmp_path / "out.jsonl").read_bytes() == b""
-    assert done.report.counts == {"image is missing": 3, "line is not JSON": 1}
-    assert done.report.names["image is missing"][2] == "line 5 (c.png)"
 
 
 def odd_pictures(folder):

@@ -207,10 +207,13 @@ def test_a_run_keeps_it_and_is_loaded_with_it(tags, tmp_path):
     train("run", "--model", NAME, "--pretrained", "siglips", "--resume")
     train("second", "--model", tmp_path / "run")
     assert load_fast_goal(str(tmp_path / "second")).model.preprocess == loaded.model.preprocess
-    # Its weights alone do not say: another model's pictures are refused where it can be known.
+    # Neither the weights nor the name say it, but what the run noted beside the weights does.
     weights = str(next((tmp_path / "run" / "checkpoints").glob("*/model.safetensors")))
-    with pytest.raises(ConfigError, match=r"preprocess_cfg is \{'mean': .* and None in"):
-        load_model(NAME, weights)
+    assert load_fast_goal(NAME, weights).model.preprocess == loaded.model.preprocess
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(CONFIG | {"preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}))
+    with pytest.raises(ConfigError, match=r"preprocess_cfg is \{'mean': .* in .*other.json"):
+        load_model(str(other), weights)
 
     # As runs of before were saved, and those of CLIP's are.
     train("clips", "--model", NAME, "--pretrained", "clips")

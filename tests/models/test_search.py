@@ -1,6 +1,7 @@
 """`fastgoal embed` and `fastgoal search`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,9 +78,13 @@ def test_what_can_not_be_searched(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no pictures"):
         make_index(model, tmp_path / "empty")
-    (tmp_path / "no.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match="can not be read as an index"):
-        Index.load(tmp_path / "no.safetensors")
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        make_index(model, tmp_path / "nowhere")
+    (tmp_path / "captions.jsonl").write_text('{"image": "red.png"}\n' * 9)
+    with pytest.raises(ConfigError, match="is a file, and no folder"):
+        make_index(model, tmp_path / "captions.jsonl")
+    with pytest.raises(ConfigError, match="neither a folder of images nor an index"):
+        Index.load(tmp_path / "captions.jsonl")
 
 
 @pytest.mark.parametrize("query", ["A sign $x_$ there, $5.", "一" * 300, "word " * 200])
@@ -127,8 +132,49 @@ def test_the_commands(folder, tmp_path):
     said = run("search", QUERY, index, "-k", 2, "--out", sheet, "--json", found, *model)
     assert "1 images could not be read" in run("search", QUERY, folder, *model)
     assert sheet.stat().st_size > 5000
-    images = json.loads(found.read_text())["images"]
+    document = json.loads(found.read_text())
+    assert (document["schema"], document["kind"], document["score"]) == (1, "search", "reranked")
+    assert document["query"] == QUERY and document["command"].startswith("fastgoal")
+    images = document["images"]
     assert len(images) == 2 and all(image["image"] in said for image in images)
+    assert "by reranked score of" in said
+    # Without an index the same; on the standard output nothing but JSON.
+    words = ["search", QUERY, folder, "-k", 2, "--json", "-", *model]
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert json.loads(done.stdout)["images"] == images and "by reranked" in done.stderr
+    assert not Path("-").exists()
+
+
+def test_what_is_there_is_not_replaced_and_what_is_missing_is_named(folder, tmp_path):
+    """Before a model is loaded, which may be a download."""
+    model = ["--model", "no such model"]
+
+    def refused(*words):
+        done = CliRunner().invoke(app, [str(w) for w in [*words, *model]], env={"COLUMNS": "300"})
+        assert done.exit_code == 2
+        return done.output
+
+    index, gone = tmp_path / "index.safetensors", tmp_path / "gone"
+    index.write_text("mine")
+    assert "--force replaces it" in refused("embed", folder, "--out", index)
+    assert "no such model" in refused("embed", folder, "--out", index, "--force")
+    assert "must end in .safetensors" in refused("embed", folder, "--out", tmp_path / "index.pt")
+    assert "does not exist" in refused("embed", gone, "--out", folder / "i.safetensors")
+    assert "does not exist" in refused("search", QUERY, gone)
+    assert "neither a folder" in refused("search", QUERY, index)
+    assert index.read_text() == "mine"
+
+
+def test_the_images_of_a_caft_are_named_as_those_of_a_clip(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["search", QUERY, folder.name, "--model", "caft-xs", "--json", "-", "--device", "cpu"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["score"] == "blended" and len(document["images"]) == 3
+    assert {hit["image"] for hit in document["images"]} == {
+        str(folder.resolve() / f"{name}.png") for name in ("red", "green", "blue")
+    }
 
 
 def test_classes_are_folders(folder, tmp_path):

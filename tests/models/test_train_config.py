@@ -10,12 +10,13 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastgoal_models.checkpoints import latest_checkpoint, load_checkpoint
+from fastgoal_models import train_command
+from fastgoal_models.checkpoints import complete_checkpoints, latest_checkpoint, load_checkpoint
 from fastgoal_models.cli import Preset, app
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.fast_goal_training import RECIPES, FastGoalTrainConfig
 from fastgoal_models.loading import load_model
-from fastgoal_models.train_command import resolve_options, save_options
+from fastgoal_models.train_command import METHOD
 
 TINY = {
     "embed_dim": 16,
@@ -77,7 +78,7 @@ def same(one: dict, two: dict) -> bool:
 
 
 def test_defaults():
-    options, config = resolve_options(GIVEN)
+    options, config = METHOD.resolve(GIVEN)
     assert (options.model, options.pretrained, options.pairs) == ("ViT-B-16", None, "best")
     assert config == FastGoalTrainConfig(out=Path("run"), epochs=10)
 
@@ -95,10 +96,10 @@ def test_the_presets_of_the_command_are_the_recipes():
     ],
 )
 def test_named_recipes(preset, model, batch_size):
-    options, config = resolve_options(GIVEN | {"preset": preset})
+    options, config = METHOD.resolve(GIVEN | {"preset": preset})
     assert (options.model, options.pretrained, options.context_length) == (model, "openai", None)
     assert config == FastGoalTrainConfig.published(Path("run"), batch_size=batch_size)
-    options, config = resolve_options(
+    options, config = METHOD.resolve(
         GIVEN | {"preset": preset, "model": "ViT-B-32", "lr": 1e-4, "steps": 7}
     )
     assert (options.model, options.pretrained) == ("ViT-B-32", "openai")
@@ -108,7 +109,7 @@ def test_named_recipes(preset, model, batch_size):
 
 
 def test_published_says_nothing_of_the_model():
-    options, config = resolve_options(GIVEN | {"preset": "published"})
+    options, config = METHOD.resolve(GIVEN | {"preset": "published"})
     assert (options.model, options.pretrained) == ("ViT-B-16", None)
     assert config == FastGoalTrainConfig.published(Path("run"))
 
@@ -120,12 +121,12 @@ def test_saved_and_read_back(tmp_path, preset):
         "root": Path("ünï"), "strict": True, "steps": 5, "lr": 3e-7, "keep": None,
         "pairs": "weighted", "max_logit_scale": None, "betas": (0.8, 0.9), "warmup": 100,
     }  # fmt: skip
-    resolved = resolve_options(given)
-    assert save_options(*resolved) == tmp_path / "config.yaml"
-    assert resolve_options({}, tmp_path / "config.yaml") == resolved
+    resolved = METHOD.resolve(given)
+    assert METHOD.save(*resolved) == tmp_path / "config.yaml"
+    assert METHOD.resolve({}, tmp_path / "config.yaml") == resolved
     as_json = tmp_path / "config.json"
     as_json.write_text(json.dumps(config_of(tmp_path)))
-    assert resolve_options({}, as_json) == resolved
+    assert METHOD.resolve({}, as_json) == resolved
 
 
 def write(path: Path, text: str) -> Path:
@@ -138,20 +139,20 @@ def test_who_wins(tmp_path):
         tmp_path / "a.yaml",
         "preset: published\nbatch-size: 8\nlr: 5e-6\nepochs: 3\nmodel: ViT-B-32\nroot: images\n",
     )
-    options, config = resolve_options(GIVEN, file)
+    options, config = METHOD.resolve(GIVEN, file)
     wanted = {"batch_size": 8, "learning_rate": 5e-6, "epochs": 3}
     assert config == FastGoalTrainConfig.published(Path("run"), **wanted)
     assert (options.model, options.root) == ("ViT-B-32", Path("images"))
     # What is typed wins, and --steps takes the place of the file's epochs.
-    _, config = resolve_options(GIVEN | {"steps": 4, "batch_size": 2}, file)
+    _, config = METHOD.resolve(GIVEN | {"steps": 4, "batch_size": 2}, file)
     assert (config.steps, config.epochs, config.batch_size) == (4, None, 2)
     # So does a preset that is typed, where it says something.
-    options, config = resolve_options(GIVEN | {"preset": "goal-b16"}, file)
+    options, config = METHOD.resolve(GIVEN | {"preset": "goal-b16"}, file)
     assert (config.batch_size, config.epochs, options.model) == (16, 10, "ViT-B-16")
     assert (options.preset, options.root) == ("goal-b16", Path("images"))
     # The file's own is only what lies below it.
     file = write(tmp_path / "b.yaml", "preset: goal-b16\nsteps: 9\n")
-    _, config = resolve_options(GIVEN, file)
+    _, config = METHOD.resolve(GIVEN, file)
     assert (config.steps, config.epochs, config.batch_size) == (9, None, 16)
 
 
@@ -181,19 +182,26 @@ def test_who_wins(tmp_path):
 def test_files_that_make_no_sense(tmp_path, text, words):
     file = write(tmp_path / "a.yaml", text)
     with pytest.raises(ConfigError, match=words):
-        resolve_options(GIVEN, file)
+        METHOD.resolve(GIVEN, file)
 
 
 def test_data_and_out_are_needed(tmp_path):
     with pytest.raises(ConfigError, match="--data and --out missing"):
-        resolve_options({})
+        METHOD.resolve({})
     file = write(tmp_path / "a.yaml", "data: a.jsonl\n")
     with pytest.raises(ConfigError, match="--out missing"):
-        resolve_options({}, file)
+        METHOD.resolve({}, file)
     found = run("--out", tmp_path / "out")
     assert found.exit_code == 2 and "--data missing" in said(found)
-    gone = run("--config", tmp_path / "gone.yaml")
-    assert gone.exit_code == 2 and "gone.yaml" in said(gone)
+
+
+def test_paths_that_lead_nowhere_are_named_with_their_option(arguments, tmp_path):
+    gone = tmp_path / "gone"
+    for option in ("--data", "--config", "--eval-data"):
+        for path, words in ((gone, "there is no file"), (tmp_path, f"{tmp_path} is a folder")):
+            found = run(*arguments, option, path)
+            assert found.exit_code == 2 and "Errno" not in said(found)
+            assert f"error: {option}: {words}" in said(found), said(found)
 
 
 # -- the command ----------------------------------------------------------------------------------
@@ -225,6 +233,75 @@ def test_a_refused_run_leaves_the_old_options_alone(arguments, tmp_path):
     for more in (["--seed", 1], ["--seed", 1, "--resume"], ["--pairs", "uniform", "--resume"]):
         assert run(*arguments, *more).exit_code == 2
         assert (tmp_path / "out/config.yaml").read_bytes() == before
+
+
+def test_a_batch_that_nobody_named_is_no_larger_than_the_data(arguments, tmp_path):
+    place = arguments.index("--batch-size")
+    unnamed = [*arguments[:place], *arguments[place + 2 :]]
+    found = run(*unnamed)
+    assert found.exit_code == 0 and "4 records do not fill a batch of 32: it is 4" in said(found)
+    saved = config_of(tmp_path / "out")
+    assert saved["batch_size"] == 4 and not saved["fit_batch"]
+    assert run(*unnamed, "--resume").exit_code == 0
+    # Captions in chunks are more than the records, or fewer: they are counted first.
+    chunked = run(*unnamed, "--long-captions", "chunk", "--out", tmp_path / "chunked")
+    assert chunked.exit_code == 0 and "7 records do not fill a batch of 32" in said(chunked)
+    # A preset's is nobody's choice either; what a file or a person says is.
+    options, _ = METHOD.resolve(GIVEN | {"preset": "published"})
+    assert options.fit_batch
+    file = write(tmp_path / "a.yaml", "batch_size: 8\npreset: published\n")
+    assert not METHOD.resolve(GIVEN, file)[0].fit_batch
+    assert METHOD.resolve(GIVEN | {"preset": "goal-b16"}, file)[0].fit_batch
+
+
+def test_a_named_batch_that_does_not_fit_is_refused_before_the_model_is_built(
+    arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_command, "load_fast_goal", lambda *_, **__: pytest.fail("builds"))
+    found = run(*arguments, "--batch-size", 9)
+    assert found.exit_code == 2
+    assert "4 usable records do not fill one batch of 9. Fix: a batch size of at most 4" in said(
+        found
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_many_checkpoints_stay(arguments, tmp_path):
+    arguments = [*arguments, "--steps", 4, "--save-every", 1]
+    for words, steps in (
+        ([], [3, 4]),
+        (["--keep", 3], [2, 3, 4]),
+        (["--keep", "all"], [1, 2, 3, 4]),
+    ):
+        out = tmp_path / "-".join(["run", *map(str, words)])
+        found = run(*arguments, "--out", out, *words)
+        assert found.exit_code == 0, found.output
+        assert [load_checkpoint(x).step for x in complete_checkpoints(out / "checkpoints")] == steps
+    assert config_of(out)["keep"] is None
+    # A file's is kept where nothing is typed.
+    assert METHOD.resolve({}, out / "config.yaml")[1].keep is None
+    for wrong in ("0", "some"):
+        found = run(*arguments, "--keep", wrong)
+        assert found.exit_code == 2 and "neither a number from 1 nor all" in said(found)
+
+
+def test_the_precision_that_is_shown_is_the_one_that_is_used(arguments, monkeypatch):
+    seen = []
+    encode = FastGoalTrainConfig.encode
+
+    def note(config, model, batch):
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return encode(config, model, batch)
+
+    monkeypatch.setattr(FastGoalTrainConfig, "encode", note)
+    for precision, shown, dtype in (
+        ("fp16", "fp16", torch.float16),
+        ("bf16", "bf16", torch.bfloat16),
+        ("auto", "float32", False),
+    ):
+        found = run(*arguments, "--precision", precision, "--out", arguments[5] / precision)
+        assert found.exit_code == 0 and f"cpu, {shown}\n" in said(found), found.output
+        assert seen[-1] == dtype
 
 
 def test_locked_towers(arguments, tmp_path):

@@ -30,9 +30,9 @@ from fastgoal_models.training import (
     StepRecord,
     TrainingError,
     learning_rate,
+    precision_name,
     read_log,
     train,
-    uses_bf16,
 )
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -474,9 +474,10 @@ def test_order_is_a_permutation_of_each_epoch_and_of_nothing_else():
 
 def test_bf16_is_chosen_where_there_is_some(tmp_path):
     cpu = torch.device("cpu")
-    assert not uses_bf16(make_config(tmp_path), cpu)
-    assert uses_bf16(make_config(tmp_path, precision="bf16"), cpu)
-    assert not uses_bf16(make_config(tmp_path, precision="fp32"), cpu)
+    for precision, name in (
+        ("auto", "float32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "float32")
+    ):  # fmt: skip
+        assert precision_name(make_config(tmp_path, precision=precision), cpu) == name
     train(
         make_model(), make_items(), make_config(tmp_path, precision="bf16", steps=2), device="cpu"
     )

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from fastgoal_models.caft import Caft, CaftConfig
+from fastgoal_models.caft.train_command import METHOD
 from fastgoal_models.caft.training import RECIPES, TERMS, CaftTrainConfig
-from fastgoal_models.checkpoints import load_checkpoint
+from fastgoal_models.checkpoints import Checkpoint, latest_checkpoint, load_checkpoint
 from fastgoal_models.cli import app
 from fastgoal_models.errors import ConfigError
+from fastgoal_models.evaluation import caption_set, evaluate_set
+from fastgoal_models.glit import read_glit
+from fastgoal_models.loading import load_model
 from fastgoal_models.synthetic import SyntheticCaft, draw, scene
-from fastgoal_models.training import read_log, train
+from fastgoal_models.training import best_checkpoint, read_evaluations, read_log, train
 
 TINY = {
     "embed_dim": 32, "pool_heads": 2,
@@ -118,6 +124,96 @@ def test_from_a_folder_to_a_checkpoint_and_a_picture(tmp_path):
     command[-1] = tmp_path / "nowhere.pt"
     done = CliRunner().invoke(app, [str(word) for word in command])
     assert done.exit_code == 2 and "there is no file" in done.output
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Six pictures with captions, and a tiny configuration."""
+    (tmp_path / "tiny.json").write_text(json.dumps(CaftConfig.load(TINY).as_json()))
+    rows = []
+    for number in range(6):
+        draw(scene(number), 64).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": scene(number).caption})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def train_caft(folder: Path, *words: object) -> tuple[int, str]:
+    command = ["train", "caft", "--device", "cpu", "--steps", 2, *words]
+    found = CliRunner().invoke(app, [str(word) for word in command], env={"COLUMNS": "300"})
+    assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+    return found.exit_code, re.sub(r"\x1b\[[0-9;]*m", "", found.output)
+
+
+def newest(out: Path) -> Checkpoint:
+    found = latest_checkpoint(out / "checkpoints")
+    assert found is not None
+    return load_checkpoint(found)
+
+
+def test_the_options_of_a_run_repeat_it(folder):
+    data = ["--data", folder / "data.jsonl", "--model", folder / "tiny.json"]
+    out = folder / "run"
+    code, said = train_caft(folder, *data, "--out", out, "--lr", 1e-3, "--save-every", 1)
+    assert code == 0 and "6 records do not fill a batch of 32: it is 6" in said, said
+    assert "cpu, float32" in said
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert (saved["batch_size"], saved["learning_rate"], saved["terms"]) == (6, 1e-3, list(TERMS))
+    code, said = train_caft(folder, "--config", out / "config.yaml", "--out", folder / "again")
+    assert code == 0, said
+    one, two = newest(out).weights, newest(folder / "again").weights
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert train_caft(folder, "--config", out / "config.yaml", "--resume")[0] == 0
+    # A run is where another one starts.
+    code, said = train_caft(
+        folder, *data, "--out", folder / "next", "--checkpoint", out, "--lr", 0, "--batch-size", 2
+    )
+    assert code == 0 and f"from {out}, step 2" in said, said
+    next_one = newest(folder / "next").weights
+    moved = [name for name in one if not torch.equal(one[name], next_one[name])]
+    assert all("running_" in name or "num_batches" in name for name in moved)  # of BatchNorms
+
+    for words, complaint in (
+        ([*data, "--out", folder / "new", "--batch-size", 7], "do not fill one batch of 7"),
+        (["--out", folder / "new"], "--data missing"),
+        (["--data", folder / "no.jsonl", "--out", folder / "new"], "--data: there is no file"),
+        ([*data, "--out", folder / "new", "--checkpoint", folder], "--checkpoint: "),
+        ([*data, "--out", folder / "new", "--keep-best"], "Fix: --eval-data FILE"),
+    ):
+        code, said = train_caft(folder, *words)
+        assert code == 2 and complaint in said, said
+    assert not (folder / "new").exists()
+
+
+def test_presets_by_name():
+    given = {"data": Path("data.jsonl"), "out": Path("run")}
+    for name in RECIPES:
+        options, config = METHOD.resolve(given | {"preset": name})
+        assert config == CaftTrainConfig.published(Path("run"), name) and options.fit_batch
+    assert METHOD.resolve(given)[1] == CaftTrainConfig(out=Path("run"), epochs=10)
+    _, config = METHOD.resolve(given | {"preset": "15m", "steps": 5, "lr": 1.0})
+    assert config == CaftTrainConfig.published(Path("run"), "15m", steps=5, learning_rate=1.0)
+
+
+def test_it_is_evaluated_as_it_trains(folder):
+    data = ["--data", folder / "data.jsonl", "--model", folder / "tiny.json", "--ema", 0.5]
+    data += ["--batch-size", 3, "--lr", 1e-2]
+    code, said = train_caft(
+        folder, *data, "--out", folder / "seen", "--eval-data", folder / "data.jsonl",
+        "--eval-every", 1, "--keep-best",
+    )  # fmt: skip
+    assert code == 0 and "evaluation of the moving average at step 1/2" in said, said
+    records = read_evaluations(folder / "seen")
+    assert [record.step for record in records] == [1, 2] and all(x.averaged for x in records)
+    assert best_checkpoint(folder / "seen") is not None
+    # It is what `fastgoal eval` finds of the run, and changes nothing else.
+    loaded = load_model(str(folder / "seen")).model
+    captioned = caption_set(read_glit(folder / "data.jsonl")[0], "data")
+    recalls = evaluate_set(loaded, captioned).retrieval
+    assert records[-1].values["text_to_image_r1"] == recalls.text_to_image[1]
+    assert train_caft(folder, *data, "--out", folder / "blind")[0] == 0
+    seen, blind = newest(folder / "seen").weights, newest(folder / "blind").weights
+    assert all(torch.equal(seen[name], blind[name]) for name in seen)
 
 
 @pytest.mark.slow

@@ -1,0 +1,40 @@
+"""`--json FILE`, or - for the standard output: what a command found, for programs.
+
+This imports nothing that takes long or may be broken: `fastgoal doctor` writes through it.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+_STDOUT = Path("-")
+
+
+def console_beside(json_path: Path | None) -> Console:
+    """Where a command talks to people: not where its JSON goes."""
+    return Console(stderr=json_path == _STDOUT)
+
+
+def write_json(document: dict[str, Any], json_path: Path | None, console: Console) -> None:
+    """Write it, where that was asked for; a file whole or not at all, and its folder is made."""
+    if json_path is None:
+        return
+    text = json.dumps(document, indent=1) + "\n"
+    if json_path == _STDOUT:
+        sys.stdout.write(text)
+        return
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = json_path.with_name(f".{json_path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(json_path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    console.print(f"{escape(str(json_path))} written", highlight=False, soft_wrap=True)
