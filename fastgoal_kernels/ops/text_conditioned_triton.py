@@ -44,6 +44,8 @@ from .tiles_triton import (
 # Numbers in one buffer of a chunk: 32 MB of half precision. Of three such buffers, two at a time
 # are in use, about what an H200's L2 holds; and a chunk is long enough to fill it.
 _CHUNK_ELEMENTS = 1 << 24
+# Images in one chunk: they are a launch's third axis, and CUDA has no longer one.
+_CHUNK_IMAGES = 65_535
 # How many programs of the key and value gradients keep every chip busy.
 _PROGRAMS = 1024
 
@@ -146,6 +148,8 @@ def attention_kernel(
     _store_head_rows(pooled, average, row, ok, head, DIM, HEAD, BLOCK_H)
     place = row * (DIM // HEAD) + head
     if SCORES:
+        # Looked up again: kept through the loop they were registers that sm_80 spilled.
+        caption = _captions(index, image, c, first_column, num_columns, HAS_INDEX)
         folded = _head_rows(folded_text, caption, ok, head, DIM, HEAD, BLOCK_H)
         tl.store(along + place, tl.sum(average * folded, axis=1), mask=ok)
     else:
@@ -361,21 +365,41 @@ _NORM = {
 _PROJECTION_GRADIENT = {**_NORM, 90: Config(128, 128, 64, 8, 3)}
 
 
-# Captions, tokens and warps for heads of up to 64 channels, of the kernels whose sums are the
-# captions', and of the one whose two sums are the tokens'.
+# Captions, tokens and warps in 16 bits, for heads of 33 to 64 channels: of the kernels whose sums
+# are the captions', and of the one whose two sums are the tokens'.
 _ATTENTION = {80: (64, 64, 4), 86: (64, 64, 4), 90: (128, 64, 8), 100: (128, 64, 8)}
 _KEY_VALUE = {80: (64, 32, 4), 86: (64, 32, 4), 90: (64, 64, 4), 100: (64, 64, 4)}
 
 
 def _attention_tile(
-    table: dict[int, tuple[int, int, int]], dtype: torch.dtype, block_h: int, arch: int
+    table: dict[int, tuple[int, int, int]],
+    dtype: torch.dtype,
+    precision: str,
+    block_h: int,
+    arch: int,
 ) -> Config:
     if INTERPRETED:
         return Config(16, 16, block_h, 4, 1)
+    wide = block_h > 64
     if dtype == torch.float32:
+        if wide and precision == "ieee":
+            # Off the tensor cores a thread holds whole rows of its factors: it gets fewer of them.
+            return Config(32, 32, block_h, 16, 1, maxnreg=128)
         return Config(32, 32, block_h, 8, 1, maxnreg=255)
-    captions, tokens, warps = (64, 64, 8) if block_h > 64 else of_architecture(table, arch)
+    captions, tokens, warps = of_architecture(table, arch)
+    if wide:
+        captions, warps = 64, 8
+    elif block_h <= 32:
+        tokens = 64
     return Config(captions, tokens, block_h, warps, 2, maxnreg=255 if warps == 8 else None)
+
+
+def _query_gradient_tile(dtype: torch.dtype, precision: str, block_h: int, arch: int) -> Config:
+    tile = _attention_tile(_ATTENTION, dtype, precision, block_h, arch)
+    if tile.num_warps == 16:
+        # It takes two such products side by side, and half of the rows is still too much.
+        return Config(16, 16, block_h, 8, 1, maxnreg=255)
+    return tile
 
 
 def _projection_tile(
@@ -417,9 +441,10 @@ class _Pairs:
         self.columns = self.num_texts if self.index is None else self.index.shape[1]
         self.precision = float32_precision(self.q.dtype)
         arch = architecture(self.q.device)
-        block_h = max(triton.next_power_of_2(self.head_dim), 16)
-        self.attention = _attention_tile(_ATTENTION, self.q.dtype, block_h, arch)
-        self.key_value = _attention_tile(_KEY_VALUE, self.q.dtype, block_h, arch)
+        widths = self.q.dtype, self.precision, max(triton.next_power_of_2(self.head_dim), 16)
+        self.attention = _attention_tile(_ATTENTION, *widths, arch)
+        self.query_gradient = _query_gradient_tile(*widths, arch)
+        self.key_value = _attention_tile(_KEY_VALUE, *widths, arch)
         self.norm, self.projection_gradient = (
             _projection_tile(table, self.q.dtype, self.precision, arch)
             for table in (_NORM, _PROJECTION_GRADIENT)
@@ -433,7 +458,7 @@ class _Pairs:
         most = max(_CHUNK_ELEMENTS // self.dim, 1)
         # An index has one row an image, which is cheap to have whole.
         step = min(self.columns, most) if self.index is None else self.columns
-        images = max(most // step, 1)
+        images = min(max(most // step, 1), _CHUNK_IMAGES)
         for i in range(0, self.num_images, images):
             for j in range(0, self.columns, step):
                 yield _Chunk(
@@ -484,14 +509,14 @@ class _Chunk:
             PRECISION=call.precision, **tile.launch,
         )  # fmt: skip
 
-    def _attention_grid(self) -> tuple[int, int, int]:
-        blocks = triton.cdiv(self.shape[1], self.call.attention.block_m)
+    def _attention_grid(self, tile: Config) -> tuple[int, int, int]:
+        blocks = triton.cdiv(self.shape[1], tile.block_m)
         return blocks, self.call.num_heads, self.shape[0]
 
     def attend(self) -> tuple[Tensor, Tensor]:
         """a (pairs, D), and the log-sum-exps (pairs, heads)."""
         pooled, lse = self.rows(), self.numbers(self.call.num_heads)
-        attention_kernel[self._attention_grid()](
+        attention_kernel[self._attention_grid(self.call.attention)](
             pooled=pooled, lse=lse, folded_text=None, along=None, ZERO=self.call.zero,
             SCORES=False, **self._attention(self.call.attention),
         )  # fmt: skip
@@ -501,7 +526,7 @@ class _Chunk:
         """The scores and |o|, (images, columns)."""
         call = self.call
         pooled, along, norms = self.rows(), self.numbers(call.num_heads), self.numbers()
-        attention_kernel[self._attention_grid()](
+        attention_kernel[self._attention_grid(self.call.attention)](
             pooled=pooled, lse=None, folded_text=call.folded_text, along=along, ZERO=call.zero,
             SCORES=True, **self._attention(call.attention),
         )  # fmt: skip
@@ -532,15 +557,11 @@ class _Chunk:
         self, pooled: Tensor, d_pooled: Tensor, lse: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor]:
         """dL/dq of each pair, written to out (pairs, D), and delta (pairs, heads)."""
-        delta = torch.empty_like(lse)
-        query_gradient_kernel[self._attention_grid()](
-            pooled=pooled,
-            d_pooled=d_pooled,
-            lse=lse,
-            delta=delta,
-            d_q=out,
-            **self._attention(self.call.attention),
-        )
+        delta, tile = torch.empty_like(lse), self.call.query_gradient
+        query_gradient_kernel[self._attention_grid(tile)](
+            pooled=pooled, d_pooled=d_pooled, lse=lse, delta=delta, d_q=out,
+            **self._attention(tile),
+        )  # fmt: skip
         return out, delta
 
     def d_keys_and_values(
@@ -605,6 +626,7 @@ def backward(
     if call.empty is not None:
         grad = grad.masked_fill(call.empty[:, None], 0)
     # Float16 has no room for the gradients of a large batch; relative to the largest it has.
+    # An infinite one makes all of them NaN: a gradient scaler asks for one and skips the step.
     peak = grad.abs().amax() if grad.numel() else grad.new_zeros(())
     peak = torch.where(peak > 0, peak, 1.0)
     grad = grad / peak
@@ -704,44 +726,63 @@ def _case(kernel, dtype, config: Config, dim: int, label: str, has_product=True,
     return tile_case(kernel, label, dtype, config, constexprs, kind, has_product)
 
 
+def _attention_cases(
+    dtype: torch.dtype, dim: int, head: int, masked: bool, arch: int
+) -> Iterator[CompileCase]:
+    block_h = triton.next_power_of_2(head)
+    captions, tokens = (
+        _attention_tile(table, dtype, "ieee", block_h, arch) for table in (_ATTENTION, _KEY_VALUE)
+    )
+    queries = _query_gradient_tile(dtype, "ieee", block_h, arch)
+    label = f"D={dim} {dim // head} heads{' masked by index' * masked}"
+    for kernel, config, more, name in (
+        (attention_kernel, captions, dict(ZERO=True, SCORES=True), f"{label} scores"),
+        (attention_kernel, captions, dict(ZERO=True, SCORES=False), label),
+        (query_gradient_kernel, queries, {}, label),
+        (key_value_gradient_kernel, tokens, {}, label),
+    ):
+        shape = dict(
+            HEAD=head, BLOCK_H=block_h, BLOCK_C=config.block_m, BLOCK_L=config.block_n,
+            HAS_MASK=masked, HAS_INDEX=masked, PRECISION="ieee", **more,
+        )  # fmt: skip
+        yield _case(kernel, dtype, config, dim, name, **shape)
+
+
+def _projection_cases(
+    dtype: torch.dtype, dim: int, has_index: bool, arch: int
+) -> Iterator[CompileCase]:
+    label = f"D={dim}{' by index' * has_index}"
+    for kernel, table, flags in (
+        (norm_kernel, _NORM, {}),
+        (projection_gradient_kernel, _PROJECTION_GRADIENT, dict(HAS_INDEX=has_index)),
+    ):
+        config = _projection_tile(table, dtype, "ieee", arch)
+        shape = dict(
+            BLOCK_P=config.block_m, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
+            PRECISION="ieee", **flags,
+        )  # fmt: skip
+        yield _case(kernel, dtype, config, dim, label, **shape)
+
+
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Heads of 64 channels, of 128, and of a width that no block has; and float32."""
+    """Heads of 32 to 128 channels, and of widths that no block has; float32."""
+    half, single = torch.bfloat16, torch.float32
     cases = []
-    wanted = [
-        (torch.bfloat16, 512, 64, "ieee"),
-        (torch.bfloat16, 768, 48, "ieee"),
-        (torch.bfloat16, 1024, 128, "ieee"),
-        (torch.float32, 512, 64, "ieee"),
-    ]
-    for dtype, dim, head, precision in wanted:
-        # The odd width stands for all that a call may have.
-        odd = head == 48
-        flags = dict(HAS_MASK=odd, HAS_INDEX=odd)
-        block_h = triton.next_power_of_2(head)
-        label = f"D={dim} {dim // head} heads{' masked' * odd}"
-        tile = _attention_tile(_ATTENTION, dtype, block_h, arch)
-        for kernel, config, more in (
-            (attention_kernel, tile, dict(ZERO=True, SCORES=True)),
-            (attention_kernel, tile, dict(ZERO=True, SCORES=False)),
-            (query_gradient_kernel, tile, {}),
-            (key_value_gradient_kernel, _attention_tile(_KEY_VALUE, dtype, block_h, arch), {}),
-        ):
-            shape = dict(
-                HEAD=head, BLOCK_H=block_h, BLOCK_C=config.block_m, BLOCK_L=config.block_n,
-                PRECISION=precision, **flags, **more,
-            )  # fmt: skip
-            name = label + " scores" * more.get("SCORES", False)
-            cases.append(_case(kernel, dtype, config, dim, name, **shape))
-        for kernel, table, flags in (
-            (norm_kernel, _NORM, {}),
-            (projection_gradient_kernel, _PROJECTION_GRADIENT, dict(HAS_INDEX=odd)),
-        ):
-            config = _projection_tile(table, dtype, precision, arch)
-            shape = dict(
-                BLOCK_P=config.block_m, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
-                PRECISION=precision, **flags,
-            )  # fmt: skip
-            cases.append(_case(kernel, dtype, config, dim, label, **shape))
+    # With a mask and an index or without: each has been the one that spills.
+    for dtype, dim, head, masked in (
+        (half, 512, 32, True),
+        (half, 768, 48, True),
+        (half, 512, 64, False),
+        (half, 1024, 128, False),
+        (half, 1024, 128, True),
+        (single, 512, 64, False),
+        (single, 768, 96, False),
+    ):
+        cases += _attention_cases(dtype, dim, head, masked, arch)
+    for dtype, dim, has_index in (
+        (half, 512, False), (half, 768, True), (half, 1024, False), (single, 512, False)
+    ):  # fmt: skip
+        cases += _projection_cases(dtype, dim, has_index, arch)
     rows = Config(8, 128, 0, 4, 3)
     for has_index in (False, True):
         flags = dict(BLOCK_R=8, BLOCK_D=128, HAS_INDEX=has_index, HAS_WEIGHTS=not has_index)
