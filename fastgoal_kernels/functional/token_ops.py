@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -26,39 +25,21 @@ from ..reference import l2_normalize, score_dtype
 from .precision import in_autocast_dtype, of_one_dtype, without_autocast
 
 
-def _mean_of_rows(tokens: Tensor, item: Tensor, inside: Tensor, first: Tensor) -> Tensor:
-    """Means of tokens (N, P, D) of item[m] where inside[m] (M, P) is True; first[m] is inside.
-
-    embedding_bag sums rows in a fixed order, forward and backward, without copying the tokens of
-    an item for every box or span on it. Rows that are not inside are replaced by one that is, of
-    weight 0, so that a NaN elsewhere in the item stays there.
-    """
-    num_items, num_rows, dim = tokens.shape
-    dtype = score_dtype(tokens.dtype)
-    position = torch.arange(num_rows, device=tokens.device)
-    row = torch.where(inside, position, first[:, None])
-    row = row + (item.long().clamp(0, max(num_items - 1, 0)) * num_rows)[:, None]
-    sums = F.embedding_bag(
-        row, tokens.reshape(num_items * num_rows, dim).to(dtype), mode="sum",
-        per_sample_weights=inside.to(dtype),
-    )  # fmt: skip
-    return (sums / inside.sum(dim=1, keepdim=True)).to(tokens.dtype)
-
-
-def _owner(name: str, owner: object, count: int, rows: str, of_name: str, tokens: Tensor) -> Tensor:
-    """The item each box or span belongs to: as given, or one each in order."""
+def _check_owner(
+    name: str, owner: object, count: int, rows: str, of_name: str, tokens: Tensor
+) -> None:
+    """The item that each box or span belongs to; None: one each in order."""
     if owner is None:
         if count != tokens.shape[0]:
             raise ValueError(
                 f"{rows} holds {count} rows for {tokens.shape[0]} items of {of_name}; without "
                 f"{name} there is one row an item, in order. Fix: pass {name} ({count},)"
             )
-        return torch.arange(count, device=tokens.device)
+        return
     check_integer(name, owner, (count,), f"({count},), one index for each row of {rows}")
     assert isinstance(owner, Tensor)
     check_same_device(of_name, tokens, **{name: owner})
     check_range(name, owner, 0, tokens.shape[0], f"an index into {of_name}")
-    return owner
 
 
 def _check_numbers(name: str, tensor: object, columns: int, layout: str) -> None:
@@ -90,38 +71,6 @@ def _check_box_values(boxes: Tensor, image_sizes: Tensor) -> None:
                 f"boxes are x1 y1 x2 y2 with x1 <= x2 and y1 <= y2; row {at} {problem}: "
                 f"{boxes[at].tolist()}. Fix for x y width height: x2 = x + width, y2 = y + height"
             )
-
-
-def _region_ranges(
-    boxes: Tensor, image_sizes: Tensor, grid_size: tuple[int, int], model_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The patches of each box: (first column, end column, first row, end row), each (M,) int64.
-
-    The arithmetic of `reference.region_grid`, operation by operation, without a host-made tensor
-    (a copy that would make a CUDA device wait); always at least one patch and inside the grid.
-    """
-
-    def axis(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Tensor, ...]:
-        low, high = low * model_size / size, high * model_size / size
-        centre = ((low + high) / 2).clamp(0, model_size - 1)
-        low, high = low.round().clamp(0, model_size - 1), high.round().clamp(0, model_size)
-        first = (low * cells / model_size).floor()
-        end = (high * cells / model_size).ceil()
-        return first, end, (centre * cells / model_size).floor()
-
-    boxes, sizes = boxes.double(), image_sizes.double()
-    height, width = grid_size
-    c1, c2, c = axis(boxes[:, 0], boxes[:, 2], sizes[:, 0], width)
-    r1, r2, r = axis(boxes[:, 1], boxes[:, 3], sizes[:, 1], height)
-    no_patch = (c2 <= c1) | (r2 <= r1)
-
-    def inside(first: Tensor, end: Tensor, patch: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-        # The clamps and nan_to_num change nothing for finite boxes of images with a size.
-        first = torch.where(no_patch, patch, first).nan_to_num(0).clamp(0, cells - 1).long()
-        end = torch.where(no_patch, patch + 1, end).nan_to_num(0).clamp(0, cells).long()
-        return first, torch.maximum(end, first + 1)
-
-    return *inside(c1, c2, c, width), *inside(r1, r2, r, height)
 
 
 def region_mean(
@@ -179,25 +128,17 @@ def region_mean(
             f"image_sizes {shape_of(image_sizes)} must have one row for each image of tokens "
             f"{shape_of(tokens)}"
         )
-    owner = _owner("box_image", box_image, boxes.shape[0], "boxes", "tokens", tokens)
+    _check_owner("box_image", box_image, boxes.shape[0], "boxes", "tokens", tokens)
     _check_box_values(boxes, image_sizes)
     tokens = in_autocast_dtype(tokens)
     with without_autocast(tokens):
         chosen = choose_backend("region_mean", backend, tokens)
         if chosen == "reference":
             return reference.region_mean(
-                tokens, boxes, image_sizes, grid_size, model_size, box_image=owner
+                tokens, boxes, image_sizes, grid_size, model_size, box_image=box_image
             )
-        image = owner.long().clamp(0, max(tokens.shape[0] - 1, 0))
-        c1, c2, r1, r2 = _region_ranges(boxes, image_sizes[image], grid_size, model_size)
-        if chosen == "triton":
-            return token_means(tokens, image, torch.stack([c1, c2, r1, r2], dim=1), width)
-        column = torch.arange(width, device=tokens.device)
-        row = torch.arange(height, device=tokens.device)
-        in_columns = (column >= c1[:, None]) & (column < c2[:, None])
-        in_rows = (row >= r1[:, None]) & (row < r2[:, None])
-        inside = (in_rows[:, :, None] & in_columns[:, None, :]).flatten(1)
-        return _mean_of_rows(tokens, image, inside, r1 * width + c1)
+        grid = (height, width, model_size)
+        return token_means(tokens, box_image, boxes, image_sizes, grid, chosen)[0]
 
 
 def span_mean(
@@ -234,7 +175,7 @@ def span_mean(
     check_integer("spans", spans, (None, 2), "(num_spans, 2): start end")
     check_same_device("tokens", tokens, spans=spans, lengths=lengths)
     num_texts, context, _ = tokens.shape
-    owner = _owner("span_text", span_text, spans.shape[0], "spans", "tokens", tokens)
+    _check_owner("span_text", span_text, spans.shape[0], "spans", "tokens", tokens)
     if context == 0 and spans.shape[0] > 0:
         raise ValueError(f"tokens {shape_of(tokens)} has no token to take a mean of")
     if lengths is not None:
@@ -252,20 +193,8 @@ def span_mean(
     with without_autocast(tokens):
         chosen = choose_backend("span_mean", backend, tokens)
         if chosen == "reference":
-            return reference.span_mean(tokens, spans, span_text=owner, lengths=lengths)
-        text = owner.long().clamp(0, max(num_texts - 1, 0))
-        start, end = spans.long().clamp(0, context).unbind(1)
-        length = context if lengths is None else lengths.long()[text].clamp(1, context)
-        empty = end <= start
-        end = torch.where(empty, length, end)
-        start = torch.where(empty, length - 1, start)
-        if chosen == "triton":  # a grid one column wide
-            column = torch.zeros_like(start)
-            rectangles = torch.stack([column, column + 1, start, end], dim=1)
-            return token_means(tokens, text, rectangles, 1)
-        position = torch.arange(context, device=tokens.device)
-        inside = (position >= start[:, None]) & (position < end[:, None])
-        return _mean_of_rows(tokens, text, inside, start)
+            return reference.span_mean(tokens, spans, span_text=span_text, lengths=lengths)
+        return token_means(tokens, span_text, spans, lengths, (), chosen)[0]
 
 
 def token_similarity_loss(
@@ -368,7 +297,8 @@ def soft_cluster_pool(
     """Tokens averaged into clusters they belong to softly (CAFT, arXiv 2602.02977, graph pooling).
 
     a = softmax over the clusters of assign_logits; out[m] = sum_l a_lm x_l / sum_l a_lm.
-    Differentiable in both. The softmax and the sums are float32 (float64 for float64 tokens).
+    Differentiable in both. The softmax and the sums are float32, or float64 where either input is.
+    Other logits wider than the tokens do not widen the means: they only weigh.
 
     Args:
         tokens: (N, L, D) floating point.
@@ -376,7 +306,7 @@ def soft_cluster_pool(
         backend: "triton", "torch" or "reference"; default: the best that serves the inputs.
 
     Returns:
-        (N, M, D) in the dtype of `tokens`.
+        (N, M, D) in the dtype of `tokens`, or float64.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -391,6 +321,8 @@ def soft_cluster_pool(
         )
     check_same_device("tokens", tokens, assign_logits=assign_logits)
     tokens = in_autocast_dtype(tokens)
+    if assign_logits.dtype == torch.float64:
+        tokens = tokens.double()
     # The definition is already vectorised and holds nothing large: it serves as the torch backend.
     chosen = choose_backend("soft_cluster_pool", backend, tokens, assign_logits)
     with without_autocast(tokens):

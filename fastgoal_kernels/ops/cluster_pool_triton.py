@@ -240,23 +240,25 @@ def tokens_gradient_kernel(
 
 def _tile(kernel: str, dtype: torch.dtype, num_clusters: int) -> tuple[Config, dict[str, int]]:
     """What runs a kernel, and its blocks: of tokens, clusters, channels."""
-    half = dtype != torch.float32
     if INTERPRETED:
         blocks = 16, 16, 16
     elif kernel == "logits":
         blocks = 16, 64 if num_clusters <= 64 else 128, 0
-    elif not half:  # without the matrix unit its factors pass through registers
-        blocks = {"pool": (32, 64, 64), "products": (32, 64, 32), "tokens": (32, 32, 64)}[kernel]
+    elif dtype == torch.float32:  # without the matrix unit its factors pass through registers
+        blocks = {"pool": (16, 64, 64), "products": (32, 64, 32), "tokens": (32, 32, 64)}[kernel]
     else:
         clusters = 64 if num_clusters <= 64 else 128
+        # float16 tokens are two bfloat16 each, and leave no registers for 128 clusters.
+        pooled = 64 if dtype == torch.float16 else clusters
         blocks = {
-            "pool": (32, clusters, 128), "products": (64, clusters, 64), "tokens": (64, 32, 128)
+            "pool": (32, pooled, 128), "products": (64, clusters, 64), "tokens": (64, 32, 128)
         }[kernel]  # fmt: skip
     # A factor that is made on the way is not loaded ahead; the products have nothing but loads.
     config = Config(
         *blocks,
-        num_warps=8 if kernel in ("products", "tokens") or (half and blocks[2]) else 4,
+        num_warps=4 if kernel == "logits" else 8,
         num_stages=3 if kernel == "products" else 2,
+        maxnreg=192 if kernel == "pool" and dtype == torch.float16 else None,
     )
     names = dict(zip(("BLOCK_L", "BLOCK_M", "BLOCK_D"), blocks, strict=True))
     return config, {name: size for name, size in names.items() if size}
@@ -345,7 +347,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
     """Each kernel for the most clusters in bfloat16, and the other ways to multiply."""
     wanted = [(kernel, torch.bfloat16, 768, 65) for kernel in _KERNELS]
     wanted += [(kernel, torch.float32, 500, 300) for kernel in ("pool", "products", "tokens")]
-    wanted += [("pool", torch.float16, 768, 33), ("tokens", torch.float16, 768, 33)]
+    wanted += [("pool", torch.float32, 768, 33), ("tokens", torch.float16, 768, 33)]
+    wanted += [("pool", torch.float16, 768, 33), ("pool", torch.float16, 500, 300)]
     cases = []
     for name, dtype, dim, clusters in wanted:
         config, blocks = _tile(name, dtype, clusters)

@@ -55,10 +55,10 @@ def _add_square(total, x, chosen):
 
 @triton.jit
 def _add_squares(
-    total, points, row_places, inside, chosen_row, first,
+    total, rows, row, inside, chosen_row, first,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """total + (points - the chosen one)^2 of BLOCK_D columns from `first`."""
+    """total + (the rows - the chosen one)^2, of BLOCK_D columns from `first`."""
     d = first + tl.arange(0, BLOCK_D)
     if D % BLOCK_D == 0:
         chosen = tl.load(chosen_row + d)
@@ -66,8 +66,7 @@ def _add_squares(
     else:
         chosen = tl.load(chosen_row + d, mask=d < D, other=0)
         given = inside[:, None] & (d < D)[None, :]
-    places = row_places[:, None] + d[None, :]
-    x = tl.load(points + places, mask=given, other=0, cache_modifier=CACHE)
+    x = tl.load(rows + (row[:, None] * D + d[None, :]), mask=given, other=0, cache_modifier=CACHE)
     if PAIRS:  # a bfloat16 is the upper half of a float32
         total = _add_square(
             total,
@@ -113,15 +112,15 @@ def farthest_points_kernel(
         for first in range(0, num_points, BLOCK_L):
             row = first + local
             inside = row < num_points
-            row_places = row.to(tl.int64) * D
+            rows = points + tl.cast(first, tl.int64) * D
             squares = tl.zeros((BLOCK_L, BLOCK_D), dtype=tl.float32)
             for d in range(0, near_blocks * BLOCK_D, BLOCK_D):
                 squares = _add_squares(
-                    squares, points, row_places, inside, chosen_row, d, D, BLOCK_D, PAIRS, ""
+                    squares, rows, local, inside, chosen_row, d, D, BLOCK_D, PAIRS, ""
                 )
             for d in range(near_blocks * BLOCK_D, D, BLOCK_D):
                 squares = _add_squares(
-                    squares, points, row_places, inside, chosen_row, d, D, BLOCK_D, PAIRS, ".cg"
+                    squares, rows, local, inside, chosen_row, d, D, BLOCK_D, PAIRS, ".cg"
                 )
             # Several threads may do this for one row, one of them late: it changes nothing then.
             known = inside & (sample > 1)
@@ -151,12 +150,18 @@ def farthest_points_kernel(
 # ---------------------------------------------------------------------------------------------
 
 
-def _config(num_points: int, column_bytes: int) -> Config:
-    """Columns that are a cache line of a row, and warps for the rows."""
+def _config(num_points: int, columns: int, column_bytes: int) -> Config:
+    """Columns that are a cache line of a row, and warps for the rows.
+
+    Rows that are no multiple of 8 bytes are read element by element, each of which has its address
+    in registers: fewer columns at once.
+    """
     if INTERPRETED:
         return Config(8, 0, 8, num_warps=4, num_stages=1)
-    small = num_points <= 64
-    return Config(64 if small else 256, 0, 128 // column_bytes, 8 if small else 16, num_stages=1)
+    block_d = 16 if columns * column_bytes % 8 else 128 // column_bytes
+    if num_points <= 64:
+        return Config(64, 0, block_d, num_warps=8, num_stages=1, maxnreg=128)
+    return Config(256, 0, block_d, num_warps=16, num_stages=1)
 
 
 def _near_blocks(points: Tensor, config: Config) -> int:
@@ -184,7 +189,7 @@ def sample(points: Tensor, num_samples: int, start: int, mask: Tensor | None) ->
     pairs = _as_pairs(points)
     if pairs:
         points = points.view(torch.int32)
-    config = _config(num_points, points.element_size())
+    config = _config(num_points, points.shape[2], points.element_size())
     farthest_points_kernel[(batch,)](
         points,
         None if mask is None else mask.contiguous(),
@@ -206,24 +211,29 @@ _TYPES = {"mask": "*i1", "distances": "*fp32", "taken": "*i8", "indices": "*i64"
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Sets of both sizes, masked or not, in pairs or not, of a width that no block divides too."""
+    """Sets of both sizes, masked or not, in pairs or not, of rows less and less aligned."""
     cases = []
     for dtype, num_points, dim, pairs, masked in (
         (torch.bfloat16, 197, 768, True, False),
         (torch.float32, 197, 768, False, True),
         (torch.float16, 197, 768, False, False),
+        (torch.float32, 50, 768, False, False),
         (torch.bfloat16, 50, 500, True, True),
+        (torch.float16, 197, 500, False, True),
+        (torch.bfloat16, 197, 502, True, True),
+        (torch.bfloat16, 197, 501, False, True),
+        (torch.float32, 50, 501, False, True),
     ):
-        width = 4 if pairs else dtype.itemsize
-        config = _config(num_points, width)
+        columns, width = (dim // 2, 4) if pairs else (dim, dtype.itemsize)
+        config = _config(num_points, columns, width)
         constexprs: dict[str, object] = dict(
-            D=dim // 2 if pairs else dim, BLOCK_L=config.block_m, BLOCK_D=config.block_d,
+            D=columns, BLOCK_L=config.block_m, BLOCK_D=config.block_d,
             HAS_MASK=masked, PAIRS=pairs,
         )  # fmt: skip
         if not masked:
             constexprs["mask"] = None
         types = {**_TYPES, "points": "*i32" if pairs else "tokens"}
-        label = f"D={dim}" + " masked" * masked
+        label = f"D={dim}" + " in pairs" * pairs + " masked" * masked
         kernel = farthest_points_kernel
         cases.append(tile_case(kernel, label, dtype, config, constexprs, types.get, False))
     return cases

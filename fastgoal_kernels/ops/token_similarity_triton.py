@@ -1,10 +1,18 @@
-"""The token similarity loss in Triton: one launch each way, a program for some rows.
+"""The token similarity loss in Triton: two launches forward, one backward.
 
-    similarity_kernel            lengths and cosine of each row, from one reading of both vectors
+    similarity_kernel            lengths and cosine of each of some rows, from one reading of both
+    loss_kernel                  the mean of (cosine - 1)^2, by one program: in a fixed order
     similarity_gradient_kernel   (v - c u) / |p| times dL/dc, and the same of the other side
 
-With u = p / |p|, v = l / |l| and c = <u, v>. PyTorch takes the mean of N numbers in between: a
-single program that read all rows itself would wait longer for them than a launch takes.
+With u = p / |p|, v = l / |l| and c = <u, v>. A single program that read all vectors itself would
+wait longer for them than a launch takes.
+
+Between the means of tokens and this loss lie a tower's own norm and projection, and they stay
+PyTorch's. Its norm is one launch forward and two backward (of its input; of weight and bias), on
+256 x 768 numbers; made in the kernel of the means it would save one each way. For that one program
+would hold all channels of a box, so that 256 of them had to keep 132 multiprocessors busy where now
+there are three times as many, and the op would take the norm's parameters past its module, whose
+hooks are how FSDP gathers them.
 """
 
 from __future__ import annotations
@@ -24,6 +32,8 @@ _EPS = tl.constexpr(1e-12)
 
 # Rows at once, and channels.
 _CONFIG = Config(4, 0, 16 if INTERPRETED else 128, 4, num_stages=1)
+# Cosines that the loss adds at once.
+_LOSS_CONFIG = Config(4 if INTERPRETED else 1024, 0, 0, 4, num_stages=1)
 
 
 @triton.jit
@@ -60,6 +70,17 @@ def similarity_kernel(
     tl.store(rows + row, cosine, mask=inside)
     tl.store(rows + num_rows + row, pooled_length, mask=inside)
     tl.store(rows + 2 * num_rows + row, local_length, mask=inside)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def loss_kernel(rows, loss, num_rows, BLOCK_N: tl.constexpr):
+    """The loss, from the cosines. Of no rows it is NaN."""
+    squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for first in range(0, num_rows, BLOCK_N):
+        row = first + tl.arange(0, BLOCK_N)
+        gap = tl.load(rows + row, mask=row < num_rows, other=1.0) - 1.0
+        squares = tl.fma(gap, gap, squares)
+    tl.store(loss, tl.sum(squares, axis=0) / num_rows)
 
 
 @triton.jit
@@ -116,7 +137,9 @@ def forward(pooled: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
             pooled.contiguous(), local.contiguous(), rows, num_rows,
             D=dim, **_BLOCKS, **_CONFIG.launch,
         )  # fmt: skip
-    return (rows[0] - 1).square().mean(), rows
+    loss = rows.new_empty(())
+    loss_kernel[(1,)](rows, loss, num_rows, BLOCK_N=_LOSS_CONFIG.block_m, **_LOSS_CONFIG.launch)
+    return loss, rows
 
 
 def backward(
@@ -148,13 +171,16 @@ def backward(
 def _pointer_type(name: str) -> str | None:
     if name in _UNSPECIALIZED:
         return None
-    return "*fp32" if name in ("rows", "upstream") else "tokens"
+    return "*fp32" if name in ("rows", "upstream", "loss") else "tokens"
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Both kernels in bfloat16, and in float32 of a width that no block divides."""
+    """Each kernel on vectors in bfloat16, and in float32 of a width that no block divides."""
     needs = dict(NEED_POOLED=True, NEED_LOCAL=True)
-    cases = []
+    blocks: dict[str, object] = {"BLOCK_N": _LOSS_CONFIG.block_m}
+    cases = [
+        tile_case(loss_kernel, "mean", torch.float32, _LOSS_CONFIG, blocks, _pointer_type, False)
+    ]
     for kernel, flags in ((similarity_kernel, {}), (similarity_gradient_kernel, needs)):
         for dtype, dim in ((torch.bfloat16, 512), (torch.float32, 500)):
             constexprs: dict[str, object] = {"D": dim, **_BLOCKS, **flags}

@@ -364,6 +364,21 @@ def test_token_ops_gradcheck():
     assert torch.autograd.gradcheck(soft_cluster_pool, clusters)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_means_name_the_derivatives_that_they_do_not_have(device):
+    tokens, *rest = mean_arguments(3, device, torch.float32)
+    tokens.requires_grad_()
+    for mean in both_means(tokens, *rest):
+        (gradient,) = torch.autograd.grad(mean.square().sum(), tokens, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
+            gradient.sum().backward()
+    plain = tokens.detach()
+    with pytest.raises(RuntimeError, match="no forward mode"):
+        torch.func.jvp(lambda x: both_means(x, *rest), (plain,), (plain,))
+    with pytest.raises(RuntimeError, match=r"no derivative by torch\.func"):
+        torch.func.grad(lambda x: both_means(x, *rest)[0].sum())(plain)
+
+
 # ---------------------------------------------------------------------------------------------
 # token_similarity_loss
 # ---------------------------------------------------------------------------------------------
@@ -530,6 +545,8 @@ def test_soft_cluster_pool_is_its_formula(device, seed, batch, tokens, clusters)
 def test_soft_cluster_pool_dtypes_autocast_compile_and_errors(device):
     x, logits = randn(2, 5, 3, device=device), randn(2, 5, 4, device=device)
     assert soft_cluster_pool(x.bfloat16(), logits.float()).dtype == torch.bfloat16
+    wide = soft_cluster_pool(x.float(), logits)
+    assert torch.equal(wide, soft_cluster_pool(x.float().double(), logits))
     with torch.autocast(device, torch.bfloat16):
         got = soft_cluster_pool(x.float(), logits.float())
     # Under autocast only the tokens are rounded: the softmax and the sums stay float32.
