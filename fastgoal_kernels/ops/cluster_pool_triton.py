@@ -253,11 +253,13 @@ def _tile(kernel: str, dtype: torch.dtype, num_clusters: int) -> tuple[Config, d
         blocks = {
             "pool": (32, pooled, 128), "products": (64, clusters, 64), "tokens": (64, 32, 128)
         }[kernel]  # fmt: skip
-    # A factor that is made on the way is not loaded ahead; the products have nothing but loads.
+    # A factor that is made on the way is not loaded ahead; the products have nothing but loads. And
+    # Triton 3.2 can not compile this one in float32 with loads ahead.
+    single = kernel == "tokens" and dtype == torch.float32
     config = Config(
         *blocks,
         num_warps=4 if kernel == "logits" else 8,
-        num_stages=3 if kernel == "products" else 2,
+        num_stages=3 if kernel == "products" else 1 if single else 2,
         maxnreg=192 if kernel == "pool" and dtype == torch.float16 else None,
     )
     names = dict(zip(("BLOCK_L", "BLOCK_M", "BLOCK_D"), blocks, strict=True))
