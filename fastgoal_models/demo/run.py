@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ..checkpoints import write_text_atomically
 from ..devices import parse_device
+from ..errors import ConfigError
 from ..evaluation import caption_set, evaluate_set
 from ..fast_goal import DEMO_CONFIG, FastGoalBatch, FastGoalModel
 from ..fast_goal_training import FastGoalTrainConfig
@@ -28,7 +29,7 @@ from ..glit import FastGoalDataset, GlitRecord, LocalPair, read_glit, write_glit
 from ..options import create_model, records_digest
 from ..progress import StepPrinter
 from ..retrieval import Retrieval
-from ..training import ConfigError, precision_name, read_log, train
+from ..training import precision_name, read_log, train
 from . import maxsim_table, pictures
 from .facts import machine_facts
 from .photographs import write_annotations

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from fastgoal_models import train_command
 from fastgoal_models.checkpoints import complete_checkpoints, latest_checkpoint, load_checkpoint
-from fastgoal_models.cli import Preset, app
+from fastgoal_models.cli import app
+from fastgoal_models.cli.train_fast_goal import Preset
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.fast_goal_training import RECIPES, FastGoalTrainConfig
 from fastgoal_models.loading import load_model

@@ -139,7 +139,7 @@ def test_resumed_keeps_the_record(tmp_path, stop):
 
 
 def test_killed_between_the_checkpoint_and_its_note(tmp_path, monkeypatch):
-    from fastgoal_models import training
+    from fastgoal_models.training.judge import Judge
 
     class Killed(BaseException):
         pass
@@ -150,9 +150,9 @@ def test_killed_between_the_checkpoint_and_its_note(tmp_path, monkeypatch):
         note(judge)
 
     more = {"eval_every": 1, "keep_best": True, "keep": 1}
-    note = training._Judge.note_best
+    note = Judge.note_best
     with monkeypatch.context() as patch:
-        patch.setattr(training._Judge, "note_best", die)
+        patch.setattr(Judge, "note_best", die)
         with pytest.raises(Killed):
             run(tmp_path, evaluation(), **more)
     assert best_of(tmp_path)["step"] == 2 and steps_in(tmp_path) == [5]

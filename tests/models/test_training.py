@@ -23,10 +23,10 @@ from fastgoal_models.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
 )
+from fastgoal_models.errors import ConfigError
 from fastgoal_models.fast_goal_training import FastGoalTrainConfig
 from fastgoal_models.training import (
     BatchOrder,
-    ConfigError,
     StepRecord,
     TrainingError,
     learning_rate,

@@ -1,0 +1,33 @@
+"""`fastgoal interpolate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .exits import user_errors
+from .shared_options import ForceOption
+
+
+def interpolate(
+    old: Annotated[
+        Path, typer.Argument(help="Weights file, or the folder of a run or of a checkpoint.")
+    ],
+    new: Annotated[Path, typer.Argument(help="The same, after further training.")],
+    out: Annotated[Path, typer.Argument(help="A .safetensors file.")],
+    alpha: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of NEW: 0 is OLD, 1 is NEW.")
+    ] = 0.5,
+    force: ForceOption = False,
+) -> None:
+    """Mix the weights of a model before and after fine-tuning (WiSE-FT), to keep some of both.
+
+    Texts of OLD that have fewer positions are stretched as training does.
+    """
+    with user_errors():
+        from ..interpolate import InterpolateOptions, run_interpolate
+
+        run_interpolate(InterpolateOptions(old, new, out, alpha, force), Console())
