@@ -34,6 +34,7 @@ from .sets import SETS, CaptionSet, read_set
 from .zero_shot import class_folders, classify
 
 _NAMES_SHOWN = 5
+_NOTHING = "–"
 _SHOWN, _SHEETS = 8, 6  # images a sheet; sheets of the worst captions, and of others
 
 
@@ -323,7 +324,11 @@ def _show(
         table.add_row(label, *cells)
     console.print(table)
     if found is not None and max(found.retrieval.text_to_image) >= found.retrieval.num_images:
-        console.print("–: K takes every candidate, and so finds the right one whatever the model")
+        console.print(
+            "R@K is left out where K takes every candidate, and so finds the right one whatever the "
+            "model",
+            soft_wrap=True,
+        )
     for column in columns:
         _say_what_is_missing(column, console)
     if document["trained_on"]:
@@ -344,7 +349,9 @@ def _rows(columns: list[_Column]) -> list[tuple[str, list[str]]]:
     if first is not None:
         for name, words in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
             for k in getattr(first.retrieval, name):
-                rows.append((f"R@{k} {words}", [_recall(column, name, k) for column in columns]))
+                cells = [_recall(column, name, k) for column in columns]
+                if any(cell != _NOTHING for cell in cells):
+                    rows.append((f"R@{k} {words}", cells))
     for key, label, parts in (
         ("joint", "mAP@10, pictures and regions", ("text_to_image", "image_to_text")),
         ("pointing", "pointing accuracy (chance)", ("hits", "chance")),
@@ -354,7 +361,7 @@ def _rows(columns: list[_Column]) -> list[tuple[str, list[str]]]:
             cells = [
                 " / ".join(f"{100 * column.more[key][part]:.1f}" for part in parts)
                 if key in column.more
-                else "–"
+                else _NOTHING
                 for column in columns
             ]
             rows.append((label, cells))
@@ -363,10 +370,10 @@ def _rows(columns: list[_Column]) -> list[tuple[str, list[str]]]:
 
 def _recall(column: _Column, direction: str, k: int) -> str:
     if column.retrieval is None:
-        return "–"
+        return _NOTHING
     recall = column.retrieval.recalls(direction).get(k)
     if recall is None:
-        return "–"
+        return _NOTHING
     low, high = getattr(column.retrieval.intervals, direction)[k]
     return f"{100 * recall:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
