@@ -325,8 +325,8 @@ def _show(
     console.print(table)
     if found is not None and max(found.retrieval.text_to_image) >= found.retrieval.num_images:
         console.print(
-            "R@K is left out where K takes every candidate, and so finds the right one whatever the "
-            "model",
+            "R@K is left out where K takes every candidate, and so finds the right one whatever "
+            "the model",
             soft_wrap=True,
         )
     for column in columns:
