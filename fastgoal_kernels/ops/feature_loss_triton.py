@@ -455,6 +455,7 @@ _TABLES = {
     90: [_tile(128, 256, 64, 8, 3), _tile(128, 256, 64, 8, 4), _tile(64, 256, 64, 4, 3)],
     100: [_tile(128, 256, 64, 8, 3), _tile(128, 128, 64, 8, 3)],
 }
+_TABLES = {arch: for_compiler(tiles) for arch, tiles in _TABLES.items()}
 # A mask, and label smoothing, are more for a thread to hold beside its part of the tile.
 _NARROW = {stages: _tile(128, 128, 64, 8, stages) for stages in (2, 3)}
 _NARROW_SUMS = {stages: _tile(128, 64, 64, 8, stages) for stages in (2, 3)}
@@ -468,7 +469,7 @@ def tiles(kernel: str, dtype: torch.dtype, precision: str, plain: bool, arch: in
         # IEEE products run on the ordinary cores, where loads in flight would cost the registers.
         return [_tile(64, 64, 32, 8, 2 if precision == "tf32" else 1)]
     if plain:
-        return for_compiler(of_architecture(_TABLES, arch))
+        return of_architecture(_TABLES, arch)
     stages = of_architecture(_TABLES, arch)[0].num_stages
     return [(_NARROW_SUMS if kernel == "softmax_sums" else _NARROW)[stages]]
 

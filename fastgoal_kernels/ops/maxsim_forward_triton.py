@@ -430,6 +430,10 @@ _TABLES = {
         "both": [Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3)],
     },
 }  # fmt: skip
+_TABLES = {
+    arch: {sides: for_compiler(tiles) for sides, tiles in table.items()}
+    for arch, table in _TABLES.items()
+}
 
 
 def tiles(dtype: torch.dtype, precision: str, both: bool, arch: int) -> list[Config]:
@@ -439,7 +443,7 @@ def tiles(dtype: torch.dtype, precision: str, both: bool, arch: int) -> list[Con
     if dtype == torch.float32:
         # IEEE products run on the ordinary cores, where loads in flight would cost the registers.
         return [Config(64, 64, 32, 8, 2 if precision == "tf32" else 1, maxnreg=255)]
-    return for_compiler(of_architecture(_TABLES, arch)["both" if both else "rows"])
+    return of_architecture(_TABLES, arch)["both" if both else "rows"]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -128,14 +128,15 @@ def backward(
     scores: Tensor,
     norms: Tensor,
     need: Need,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients in the order of `Need`; those not needed have no elements."""
     x, index = _Heads(pool), _index(pool, text_index)
     grad = grad.to(x.wide)
     if x.empty is not None:
         grad = grad.masked_fill(x.empty[:, None], 0)
-    size = _size(grad) if x.dtype == torch.float16 else grad.new_ones(())
-    grad = grad / size
+    size = _size(grad) if x.dtype == torch.float16 else None
+    if size is not None:
+        grad = grad / size
 
     def zeros_if(wanted: bool, *shape: int) -> Tensor:
         return torch.zeros(shape if wanted else 0, dtype=x.wide, device=grad.device)
@@ -180,14 +181,11 @@ def backward(
             add_rows(d_q, captions, d_queries)
 
     d_k, d_v = (x.merge(d) if wanted else d for d, wanted in ((d_k, need.k), (d_v, need.v)))
-    return (
-        d_q.mul_(size).to(pool.q.dtype),
-        d_k.mul(size).to(pool.k.dtype),
-        d_v.mul(size).to(pool.v.dtype),
-        d_text.mul_(size).to(pool.text.dtype),
-        d_weight.mul_(size).to(pool.out_weight.dtype),
-        d_bias.mul_(size).to(pool.out_bias.dtype),
-    )
+    found = (d_q, d_k, d_v, d_text, d_weight, d_bias)
+    if size is not None:
+        found = tuple(gradient * size for gradient in found)
+    given = (pool.q, pool.k, pool.v, pool.text, pool.out_weight, pool.out_bias)
+    return tuple(gradient.to(of.dtype) for gradient, of in zip(found, given, strict=True))
 
 
 def _size(grad: Tensor) -> Tensor:
