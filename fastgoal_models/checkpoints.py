@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import secrets
@@ -26,13 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .atomic_files import TEMPORARY, flush
 from .errors import UserError
 
 _FORMAT = 1
 _WEIGHTS, _STATE = "model.safetensors", "state.pt"
 MANIFEST = "checkpoint.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY = ".writing-"
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -79,7 +78,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     final = checkpoint_path(folder, step)
-    temporary = folder / f"{_TEMPORARY}{final.name}-{secrets.token_hex(4)}"
+    temporary = folder / f"{TEMPORARY}{final.name}-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
         # Copies: safetensors refuses tensors that share memory, and a view would save its base.
@@ -98,14 +97,14 @@ def save_checkpoint(
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
         for name in (_WEIGHTS, _STATE, MANIFEST):
-            _flush(temporary / name)
-        _flush(temporary)
+            flush(temporary / name)
+        flush(temporary)
         if final.exists():
             # Only after resuming from an older checkpoint. A folder can not be replaced in one
             # step; killed in between, the run resumes from that older checkpoint again.
-            final.rename(folder / f"{_TEMPORARY}replaced-{secrets.token_hex(4)}")
+            final.rename(folder / f"{TEMPORARY}replaced-{secrets.token_hex(4)}")
         temporary.rename(final)
-        _flush(folder)
+        flush(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sweep(folder)
@@ -180,22 +179,10 @@ def save_tensors_atomically(
 ) -> None:
     """Write a safetensors file, all of it or nothing: it gets its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
     try:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, metadata=metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step, so that nobody ever reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        _flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -215,25 +202,14 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _flush(path: Path) -> None:
-    """Push a file or a folder's entries to the disk; a rename may otherwise overtake the data."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows can not open a folder; NTFS journals the rename itself
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _discard(path: Path) -> None:
     """Delete a checkpoint; renamed first, so that a kill half-way leaves no half of one."""
-    doomed = path.with_name(f"{_TEMPORARY}old-{secrets.token_hex(4)}")
+    doomed = path.with_name(f"{TEMPORARY}old-{secrets.token_hex(4)}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left under temporary names."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+    for path in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)

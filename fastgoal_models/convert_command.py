@@ -14,7 +14,8 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from rich.console import Console
 from rich.markup import escape
 
-from .checkpoints import save_tensors_atomically, write_text_atomically
+from .atomic_files import write_text_atomically
+from .checkpoints import save_tensors_atomically
 from .errors import ConfigError
 from .hf_checkpoints import (
     ClipSettings,

@@ -6,13 +6,14 @@ This imports nothing that takes long or may be broken: `fastgoal doctor` writes 
 from __future__ import annotations
 
 import json
-import secrets
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+
+from .atomic_files import write_text_atomically
 
 _STDOUT = Path("-")
 
@@ -30,11 +31,5 @@ def write_json(document: dict[str, Any], json_path: Path | None, console: Consol
     if json_path == _STDOUT:
         sys.stdout.write(text)
         return
-    json_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = json_path.with_name(f".{json_path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(json_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text_atomically(json_path, text)
     console.print(f"{escape(str(json_path))} written", highlight=False, soft_wrap=True)

@@ -13,20 +13,18 @@ import io
 import json
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from .atomic_files import write_text_atomically
 from .caft.captions import split_published
 from .captions import sentence_tokens
-from .checkpoints import write_text_atomically
 from .errors import ConfigError, UserError
 from .flism import Matched, Matcher
 from .glit import (
@@ -40,11 +38,11 @@ from .glit import (
     parse_line,
     to_row,
 )
+from .parts import RUN, part_path, remove_parts
 from .preprocessing import CLIP_NORMALISATION
 
 PART = 256  # lines
 _DECODERS = min(8, os.cpu_count() or 1)
-_RUN = "run.json"  # in the parts' folder: what they were made with
 
 
 class PrepareError(UserError, RuntimeError):
@@ -167,12 +165,12 @@ def prepare(
     name = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
     folder, beside = _beside(out, ".parts"), _beside(out, ".provenance.json")
     if (finished := _finished(out, beside, name)) is not None:
-        _remove(folder)
+        remove_parts(folder)
         return Prepared(out, True, finished, len(source.starts), 0)
     _claim(folder, name, provenance)
 
     mine = [n for n in range(len(source.starts)) if n % share.of == share.place]
-    todo = [n for n in mine if not _part(folder, n).is_file()]
+    todo = [n for n in mine if not part_path(folder, n).is_file()]
     lines = _lines_in(source, todo, lines_a_part)
     images, seen, began = 0, 0, time.perf_counter()
     for number in todo:
@@ -188,10 +186,10 @@ def prepare(
                 on_images(seen, lines)
         images += len(rows)
         text = json.dumps({"rows": rows, "skips": skips}, ensure_ascii=False)
-        write_text_atomically(_part(folder, number), text)
+        write_text_atomically(part_path(folder, number), text)
     seconds = time.perf_counter() - began
 
-    missing = sum(not _part(folder, n).is_file() for n in range(len(source.starts)))
+    missing = sum(not part_path(folder, n).is_file() for n in range(len(source.starts)))
     report = None if missing else _join(folder, len(source.starts), out)
     if report is None:
         # Another shard may have joined them meanwhile, and taken the parts away.
@@ -202,21 +200,21 @@ def prepare(
         if report is None:
             raise PrepareError(f"parts of {folder} were removed meanwhile. Fix: run it again")
     elif not report.read:
-        _remove(folder)  # of data that is mended they would be another run's
+        remove_parts(folder)  # of data that is mended they would be another run's
         report.hint = hint_at_root(data, root, report)
         raise PrepareError(f"{data} has no usable record, so nothing was written. {report}")
     else:
         notes = {"name": name, **provenance, "read": report.read, "skipped": report.counts}
         notes["root"] = str(root)  # for who looks for the images; the pairs do not depend on it
         _note(folder, beside, json.dumps(notes | {"names": report.names}, indent=1) + "\n")
-    _remove(folder)
+    remove_parts(folder)
     return Prepared(out, True, report, len(source.starts), 0, images, seconds)
 
 
 def kept_lines(data: Path, out: Path, lines_a_part: int = PART) -> tuple[int, int]:
     """How many lines of `data` lie in parts that are done, and how many there are."""
     source, folder = cut(data, lines_a_part), _beside(out, ".parts")
-    done = [n for n in range(len(source.starts)) if _part(folder, n).is_file()]
+    done = [n for n in range(len(source.starts)) if part_path(folder, n).is_file()]
     return _lines_in(source, done, lines_a_part), source.lines
 
 
@@ -296,10 +294,6 @@ def _beside(out: Path, ending: str) -> Path:
     return out.with_name(out.name + ending)
 
 
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"{number:08d}.json"
-
-
 def _lines_in(source: Input, parts: Sequence[int], lines_a_part: int) -> int:
     last = len(source.starts) - 1
     short = source.lines - last * lines_a_part
@@ -308,7 +302,7 @@ def _lines_in(source: Input, parts: Sequence[int], lines_a_part: int) -> int:
 
 def _claim(folder: Path, name: str, provenance: dict[str, Any]) -> None:
     """Make the parts' folder this run's. Raises PrepareError where it is another's."""
-    note = folder / _RUN
+    note = folder / RUN
     if note.is_file():
         there = json.loads(note.read_text("utf-8"))
         differ = [
@@ -344,7 +338,7 @@ def _finished(out: Path, beside: Path, name: str) -> SkipReport | None:
 
 def _parts(folder: Path, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
     for number in numbers:
-        if (path := _part(folder, number)).is_file():
+        if (path := part_path(folder, number)).is_file():
             yield json.loads(path.read_text("utf-8"))
 
 
@@ -401,15 +395,3 @@ def _note(folder: Path, beside: Path, text: str) -> None:
     except FileNotFoundError:  # another shard was first, and took the parts away
         if not beside.is_file():
             raise
-
-
-def _remove(folder: Path) -> None:
-    """Take the parts away, and what tells whose they are last.
-
-    Killed in between, no part is left that another run could take for its own.
-    """
-    with suppress(OSError):
-        for path in folder.glob("*"):
-            if path.name != _RUN:
-                path.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)

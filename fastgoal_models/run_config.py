@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from rich.console import Console
 
-from .checkpoints import write_text_atomically
+from .atomic_files import write_text_atomically
 from .errors import ConfigError, need_file
 from .training import TrainConfig, total_steps
 

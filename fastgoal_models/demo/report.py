@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints import write_text_atomically
+from ..atomic_files import write_text_atomically
 from ..fast_goal_training import FastGoalTrainConfig
 from ..retrieval import Retrieval
 from ..training import StepRecord

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..checkpoints import write_text_atomically
+from ..atomic_files import write_text_atomically
 from ..devices import parse_device
 from ..errors import ConfigError
 from ..evaluation import caption_set, evaluate_set

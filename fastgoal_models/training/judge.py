@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints import checkpoint_path, complete_checkpoints, write_text_atomically
+from ..atomic_files import write_text_atomically
+from ..checkpoints import checkpoint_path, complete_checkpoints
 from .config import TrainConfig
 from .records import EvalRecord, read_evaluations
 

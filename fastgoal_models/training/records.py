@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoints import checkpoint_path, complete_checkpoints, write_text_atomically
+from ..atomic_files import write_text_atomically
+from ..checkpoints import checkpoint_path, complete_checkpoints
 
 
 class StepRecord(NamedTuple):

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +23,15 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..checkpoints import write_text_atomically
+from ..atomic_files import write_text_atomically
 from ..errors import UserError
 from ..glit import SkipReport, Unusable, decode_image
+from ..parts import RUN, part_path, remove_parts
 from .samples import Sample, Source
 
 PART = 128  # samples: what is done again at most when a run was killed
 JSONL = "captions.jsonl"
-_PARTS, _RUN = ".unpack", "run.json"
+_PARTS = ".unpack"
 _NOTE = f"{JSONL}.provenance.json"
 _WORKERS = min(8, os.cpu_count() or 1)
 _AHEAD = 4 * _WORKERS  # pictures in memory
@@ -85,7 +85,7 @@ def write_folder(
     identity = json.loads(json.dumps({**source.identity, "--limit": limit}))
     parts = out / _PARTS
     if (finished := _finished(out, identity)) is not None:
-        _remove(parts)
+        remove_parts(parts)
         return Unpacked(out / JSONL, finished, 0, 0.0)
     _claim(out, identity)
 
@@ -105,18 +105,18 @@ def write_folder(
             if not part["samples"]:
                 break
             part["state"] = source.state()
-            write_text_atomically(_part(parts, number), json.dumps(part, ensure_ascii=False))
+            write_text_atomically(part_path(parts, number), json.dumps(part, ensure_ascii=False))
             number, done = number + 1, done + part["samples"]
 
     report = _join(out, source.report)
     if not report.read:
-        _remove(parts)  # so that another option can be tried
+        remove_parts(parts)  # so that another option can be tried
         raise UnpackError(f"no sample of SOURCE can be used. {report}")
     notes = {"made_with": identity, "read": report.read, "skipped": report.counts}
     # From among the parts, too, so that nothing of a killed run stays in the folder.
     write_text_atomically(parts / _NOTE, json.dumps(notes | {"names": report.names}, indent=1))
     (parts / _NOTE).replace(out / _NOTE)
-    _remove(parts)
+    remove_parts(parts)
     return Unpacked(out / JSONL, report, done - before, time.perf_counter() - began)
 
 
@@ -235,7 +235,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> SkipReport | None:
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
     """Make the folder this run's. Raises UnpackError where it is another's."""
-    run = out / _PARTS / _RUN
+    run = out / _PARTS / RUN
     if run.is_file():
         _refuse_another(out, _load(run), identity)
         return
@@ -270,13 +270,9 @@ def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _part(parts: Path, number: int) -> Path:
-    return parts / f"{number:08}.json"
-
-
 def _parts(parts: Path) -> Iterator[dict[str, Any]]:
     for number in count():
-        if not (path := _part(parts, number)).is_file():
+        if not (path := part_path(parts, number)).is_file():
             return
         yield _load(path)
 
@@ -307,14 +303,3 @@ def _join(out: Path, known: SkipReport) -> SkipReport:
     if report.read:
         temporary.replace(out / JSONL)
     return report
-
-
-def _remove(parts: Path) -> None:
-    """Take the parts away, and what tells whose they are last.
-
-    Killed in between, no part is left that another run could take for its own.
-    """
-    for path in parts.glob("*"):
-        if path.name != _RUN:
-            path.unlink(missing_ok=True)
-    shutil.rmtree(parts, ignore_errors=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgoal_models.atomic_files import write_text_atomically
 from fastgoal_models.checkpoints import (
     CheckpointError,
     _fingerprint,
@@ -14,7 +15,6 @@ from fastgoal_models.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    write_text_atomically,
 )
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3).T, "scale": torch.tensor(2.5)}

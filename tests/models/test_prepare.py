@@ -321,7 +321,7 @@ def test_stopped_while_it_ends(data, model, undisturbed, tmp_path, monkeypatch, 
             {
                 "before the file": "_join",
                 "before its note": "_note",
-                "before the parts go": "_remove",
+                "before the parts go": "remove_parts",
             }[moment],
             stop,
         )

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.killing import DIE_AT, WAIT
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes"),
 ]
 
 # Never a parallel product before a fork: the children would wait for threads they do not have.
-COMMON = """
+COMMON = (
+    WAIT
+    + """
 import json, os, random, signal, sys, threading, time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -44,10 +48,6 @@ def start(out, before=lambda: None):
             traceback.print_exc()
             os._exit(1)
     return child
-
-def wait(child):
-    status = os.waitpid(child, 0)[1]
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 def fresh(name):
     (home / name).mkdir()
@@ -77,6 +77,7 @@ def check_finished(out):
     check(out)
     assert sorted(out.parent.iterdir()) == [out, note(out)], sorted(out.parent.iterdir())
 """
+)
 
 AT_RANDOM = """
 rng, exits, finished = random.Random(0), [], 0
@@ -100,22 +101,9 @@ check_finished(out)
 print(json.dumps(exits))
 """
 
-# Python tells of every file that is written, renamed or removed, just before it happens.
-AT_EVERY_FILE = """
-EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
-
-def die_at(count, folder):
-    def before():
-        left = [count]
-        def hook(event, arguments):
-            reads = event == "open" and "w" not in (arguments[1] or "")
-            if event in EVENTS and not reads and str(arguments[0]).startswith(str(folder)):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(hook)
-    return before
-
+AT_EVERY_FILE = (
+    DIE_AT
+    + """
 exits = []
 while not exits or exits[-1] == -signal.SIGKILL:
     out = fresh(f"event {len(exits)}")
@@ -125,6 +113,7 @@ while not exits or exits[-1] == -signal.SIGKILL:
     check_finished(out)
 print(json.dumps(exits))
 """
+)
 
 
 @pytest.fixture(scope="module")

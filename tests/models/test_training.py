@@ -240,14 +240,14 @@ def test_killed_anywhere_then_resumed_is_undisturbed(undisturbed, tmp_path):
             return os.waitpid(child, 0)[1]
 
         def at_flush(count):
-            flush, left = checkpoints._flush, [count]
+            flush, left = checkpoints.flush, [count]
             def flush_or_die(path):
                 left[0] -= 1
                 if left[0] == 0:
                     die()
                 flush(path)
             def prepare():
-                checkpoints._flush = flush_or_die
+                checkpoints.flush = flush_or_die
             return prepare
 
         def after(seconds):

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.killing import DIE_AT, WAIT
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes"),
 ]
 
-COMMON = """
+COMMON = (
+    WAIT
+    + """
 import json, os, random, signal, sys, time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -42,10 +46,6 @@ def start(out, before=lambda: None):
             os._exit(1)
     return child
 
-def wait(child):
-    status = os.waitpid(child, 0)[1]
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
 began = time.perf_counter()
 assert wait(start(home / "undisturbed")) == 0
 seconds = time.perf_counter() - began
@@ -59,23 +59,11 @@ def check(out):
         elif name.endswith(".json") and "/." not in name:
             json.loads(data)
 """
+)
 
-# Python tells of every file that is written, renamed or removed, just before it happens.
-AT_EVERY_FILE = """
-EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
-
-def die_at(count, folder):
-    def before():
-        left = [count]
-        def hook(event, arguments):
-            reads = event == "open" and "w" not in (arguments[1] or "")
-            if event in EVENTS and not reads and str(arguments[0]).startswith(str(folder)):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(hook)
-    return before
-
+AT_EVERY_FILE = (
+    DIE_AT
+    + """
 exits = []
 while not exits or exits[-1] == -signal.SIGKILL:
     out = home / f"event {len(exits)}"
@@ -85,6 +73,7 @@ while not exits or exits[-1] == -signal.SIGKILL:
     assert test.files_in(out) == wanted
 print(json.dumps(exits))
 """
+)
 
 AT_RANDOM = """
 rng, exits = random.Random(0), []

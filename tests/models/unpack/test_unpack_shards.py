@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastgoal_models import read_glit
+from fastgoal_models import parts, read_glit
 from fastgoal_models.cli import app
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.sets import read_set
@@ -283,7 +283,7 @@ def test_nothing_usable_leaves_room_for_another_try(tmp_path, monkeypatch):
         unpack(source, tmp_path / "out")
     # Killed before all of that is taken away, no part is left for a run with other options.
     with monkeypatch.context() as patch:
-        patch.setattr(folder.shutil, "rmtree", lambda *arguments, **options: None)
+        patch.setattr(parts.shutil, "rmtree", lambda *arguments, **options: None)
         with pytest.raises(UnpackError):
             unpack(source, tmp_path / "half")
     assert [path.name for path in (tmp_path / "half" / ".unpack").iterdir()] == ["run.json"]
