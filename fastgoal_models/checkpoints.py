@@ -76,7 +76,7 @@ def save_checkpoint(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    sweep(folder)
     final = checkpoint_path(folder, step)
     temporary = folder / f"{TEMPORARY}{final.name}-{secrets.token_hex(4)}"
     temporary.mkdir()
@@ -107,7 +107,7 @@ def save_checkpoint(
         flush(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sweep(folder)
+    sweep(folder)
     if keep is not None:
         for old in complete_checkpoints(folder)[: -max(keep, 1)]:
             if old != spare:
@@ -209,7 +209,7 @@ def _discard(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove what killed processes left under temporary names."""
     for path in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgoal_kernels import cached_backward
 
-from ..checkpoints import checkpoint_path, latest_checkpoint
+from ..checkpoints import checkpoint_path, latest_checkpoint, sweep
 from ..devices import default_device
 from ..errors import ConfigError
 from .batches import Records, loader
@@ -96,6 +96,7 @@ def train(
     state = TrainState(model, config, adapters, device)
     if resume is not False:
         state.restore(find_checkpoint(folder, resume, run))
+        sweep(folder)  # a run that was killed after its last save saves nothing more
     elif latest_checkpoint(folder) is not None:
         raise TrainingError(f"{folder} already holds checkpoints: resume, or choose another folder")
     forget_after(config.out, state.done)

@@ -275,6 +275,15 @@ def test_killed_anywhere_then_resumed_is_undisturbed(undisturbed, tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+def test_what_a_kill_after_the_last_save_leaves_is_taken_away(tmp_path):
+    config = make_config(tmp_path, steps=1)
+    done = train(make_model(), make_items(), config, device="cpu")
+    left = tmp_path / "checkpoints" / ".writing-old-dead"
+    left.mkdir()
+    again = train(make_model(), make_items(), config, device="cpu", resume=True)
+    assert again.checkpoint == done.checkpoint and not left.exists()
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 
