@@ -31,7 +31,8 @@ from fastgoal_models.atomic_files import write_text_atomically
 from fastgoal_models.caft import Caft
 from fastgoal_models.caft.captions import evaluation_parts
 from fastgoal_models.caft.data import text_rows
-from fastgoal_models.caft.pictures import caft_maps, draw_caft
+from fastgoal_models.caft.maps import caft_maps
+from fastgoal_models.caft.pictures import draw_caft
 from fastgoal_models.caft.scoring import caft_recall, encode
 from fastgoal_models.caft.training import TERMS, CaftTrainConfig
 from fastgoal_models.fast_goal import FastGoalModel

@@ -1,4 +1,9 @@
-"""Does a sentence look at what it tells of? Pointing accuracy on pictures with boxes."""
+"""Does a sentence look at what it tells of? Pointing accuracy on pictures with boxes.
+
+This is a measure of our own. FAST-GOAL's paper reports localisation as top-5, top-10 and top-15
+figures; how they were taken is in no source that we have, and pointing accuracy can not be compared
+with them.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .caft.data import text_rows
+from .caft.maps import caft_maps
 from .caft.model import Caft
-from .caft.pictures import caft_maps
 from .fast_goal import FastGoalModel
 from .glit import Box, GlitRecord, image_tensor, load_image
 

@@ -29,7 +29,7 @@ PACKAGES = (
     ("timm", "timm", "fastgoal_models"),
     ("open-clip-torch", "open_clip", "fastgoal_models"),
     ("transformers", "transformers", "patch_hf_clip"),
-    ("matplotlib", "matplotlib", "the pictures of demo and bench"),
+    ("matplotlib", "matplotlib", "pictures"),
 )
 
 

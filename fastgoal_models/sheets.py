@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from .errors import ConfigError
+from .drawing import check_ending, new_figure
 from .fonts import save_figure, wrap
 from .glit import load_image
 from .search import Hit
@@ -16,13 +13,6 @@ from .search import Hit
 _COLUMNS, _SIDE = 4, 2.6  # inches
 _LINES = 4
 _RIGHT, _WRONG, _UNKNOWN = "#2a7f3f", "#b3261e", "#bbbbbb"
-
-
-def check_ending(path: Path) -> None:
-    """Raises ConfigError for a file whose ending names no picture."""
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
-        raise ConfigError(f"{path} should end in one of {', '.join(sorted(known))}")
 
 
 def draw_sheet(
@@ -45,8 +35,7 @@ def draw_sheet(
     if len(lines) > _LINES:
         lines = [*lines[: _LINES - 1], f"{lines[_LINES - 1][:-2]} …"]
     top = 0.3 + 0.2 * len(lines)
-    figure = Figure(figsize=(_SIDE * columns, rows * (_SIDE + 0.35) + top), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(_SIDE * columns, rows * (_SIDE + 0.35) + top)
     figure.suptitle("\n".join(lines), fontsize=10, parse_math=False)
     axes = figure.subplots(max(rows, 1), columns, squeeze=False).ravel()
     for axis in axes:

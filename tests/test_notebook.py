@@ -6,13 +6,20 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-matplotlib.use("Agg")
-
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "photographs.ipynb"
 
 
+@pytest.fixture
+def backend():
+    """What a notebook draws with: not what a file is drawn with by default, and no window."""
+    before = matplotlib.get_backend()
+    matplotlib.use("svg")
+    yield "svg"
+    matplotlib.use(before)
+
+
 @pytest.mark.slow
-def test_every_cell_runs(monkeypatch, tmp_path, capsys):
+def test_every_cell_runs(monkeypatch, tmp_path, capsys, backend):
     import tempfile
 
     from matplotlib import pyplot as plt
@@ -24,6 +31,7 @@ def test_every_cell_runs(monkeypatch, tmp_path, capsys):
         if cell["cell_type"] == "code":
             assert not cell["outputs"], "committed without outputs: clear them"
             exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    assert matplotlib.get_backend() == backend, "the package has switched the notebook's"
     assert len(plt.get_fignums()) == 4
     plt.close("all")
     said = capsys.readouterr().out

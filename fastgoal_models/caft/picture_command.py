@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..captions import split_sentences
+from ..drawing import check_ending
 from ..errors import UserError
 from ..glit import image_tensor, load_image
 from ..loading import caft_of
 from ..trained import load_trained
 from .captions import evaluation_parts
 from .data import text_rows
+from .maps import caft_maps
 from .model import Caft
-from .pictures import caft_maps, draw_caft
+from .pictures import draw_caft
 
 
 def draw_hierarchy(
@@ -38,6 +40,7 @@ def draw_hierarchy(
 
     Raises UserError, CheckpointError, ConfigError or GlitError for what can not be used.
     """
+    check_ending(out)
     sentences = split_sentences(caption)
     if not sentences:
         raise UserError("the caption has no words")

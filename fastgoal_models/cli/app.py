@@ -15,6 +15,7 @@ from .embed import embed
 from .eval import evaluate
 from .hierarchy import hierarchy
 from .interpolate import interpolate
+from .maps import maps
 from .prepare import prepare
 from .search import search
 from .train_caft import train_caft
@@ -36,6 +37,7 @@ app.command(no_args_is_help=True)(train_open_clip)
 app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(interpolate)
 app.command()(hierarchy)
+app.command()(maps)
 app.command("eval")(evaluate)
 app.command()(embed)
 app.command()(search)

@@ -39,7 +39,7 @@ def demo(
     unless --pretrained names weights that are not here.
     """
     console = Console()
-    with user_errors(extra="demo"):  # plots need what only that extra installs
+    with user_errors(extra="demo"):  # its photographs come in what only that extra installs
         from ..demo.run import DemoOptions, run_demo
 
         result = run_demo(

@@ -33,7 +33,7 @@ def hierarchy(
     ] = None,
 ) -> None:
     """Draw what a CAFT found: segments level by level, and where each part of a caption looks."""
-    with user_errors(extra="demo"):
+    with user_errors():
         from ..caft.picture_command import draw_hierarchy
 
         kind = None if superpixels is None else superpixels.value

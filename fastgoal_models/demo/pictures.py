@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window, no display needed
-
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL import Image
 from torch import Tensor
 
+from ..drawing import lay_over, new_figure, open_photograph, outline, show_photograph
+from ..fonts import save_figure, wrap
 from ..glit import LocalPair
 from ..training import StepRecord
 
@@ -56,7 +49,8 @@ class WordMaps(NamedTuple):
 def loss_curves(records: Sequence[StepRecord], path: Path) -> None:
     """The loss and the weighted parts it is the sum of, against the step."""
     steps = [record.step for record in records]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
     for (name, label), colour in zip(_LABELS.items(), _CURVES, strict=True):
         values = [record.losses[name] for record in records]
         axes.plot(
@@ -69,7 +63,7 @@ def loss_curves(records: Sequence[StepRecord], path: Path) -> None:
     axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path, dpi=100)
 
 
 def contact_sheets(pictures: Sequence[PairPicture], folder: Path) -> list[Path]:
@@ -81,7 +75,7 @@ def contact_sheets(pictures: Sequence[PairPicture], folder: Path) -> list[Path]:
         shown = pictures[first : first + per_sheet]
         rows = -(-len(shown) // SHEET_COLUMNS)
         columns = -(-len(shown) // rows)
-        figure = plt.figure(figsize=(4.4 * columns, 5.0 * rows))
+        figure = new_figure(4.4 * columns, 5.0 * rows, layout=None)
         # A photograph and its text get a cell each: a wrapped text of any length then fits.
         grid = figure.add_gridspec(
             2 * rows,
@@ -95,7 +89,7 @@ def contact_sheets(pictures: Sequence[PairPicture], folder: Path) -> list[Path]:
             _draw_pair(figure.add_subplot(grid[2 * row, column]), picture)
             _write_pair(figure.add_subplot(grid[2 * row + 1, column]), picture)
         paths.append(folder / f"pairs-{len(paths) + 1}.png")
-        _save(figure, paths[-1])
+        save_figure(figure, paths[-1], dpi=100)
     return paths
 
 
@@ -103,16 +97,10 @@ def heat_map(image: Path, pair: LocalPair, maps: WordMaps, path: Path) -> None:
     """Every word of a sentence against every patch, laid over the photograph, before and after."""
     columns = 6
     bands = -(-len(maps.words) // columns)
-    photograph, (width, height) = _open(image)
-    grey = photograph.convert("L").convert("RGB")
+    photograph, size = open_photograph(image)
     cell = 2.2
-    figure, axes = plt.subplots(
-        2 * bands,
-        columns,
-        figsize=(cell * columns + 1.0, (cell * height / width + 0.35) * 2 * bands + 1.2),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(cell * columns + 1.0, (cell * size[1] / size[0] + 0.35) * 2 * bands + 1.2)
+    axes = figure.subplots(2 * bands, columns, squeeze=False)
     for half, (label, cosines) in enumerate(
         (("before training", maps.before), ("after training", maps.after))
     ):
@@ -125,12 +113,8 @@ def heat_map(image: Path, pair: LocalPair, maps: WordMaps, path: Path) -> None:
             axis.set_axis_off()
             if position >= len(maps.words):
                 continue
-            axis.imshow(grey, extent=(0, width, height, 0))
-            drawn = axis.imshow(
-                cosines[position].numpy(), extent=(0, width, height, 0), cmap="magma", alpha=0.55,
-                vmin=low, vmax=high, interpolation="nearest",
-            )  # fmt: skip
-            axis.add_patch(_box(pair, "white", "-"))
+            drawn = lay_over(axis, photograph, size, cosines[position], low, high)
+            axis.add_patch(outline(pair.box, "white"))
             axis.set_title(maps.words[position], fontsize=12)
         bar = figure.colorbar(drawn, ax=list(block.flat), shrink=0.85)
         bar.set_label(f"cosine similarity, {label}")
@@ -138,16 +122,14 @@ def heat_map(image: Path, pair: LocalPair, maps: WordMaps, path: Path) -> None:
         "Words and patches, before training (upper rows) and after (lower rows)\n"
         "white box: the region this sentence was matched with for training"
     )
-    _save(figure, path)
+    save_figure(figure, path, dpi=100)
 
 
 def _draw_pair(axes: Axes, picture: PairPicture) -> None:
-    photograph, (width, height) = _open(picture.image)
-    axes.imshow(photograph, extent=(0, width, height, 0))
-    axes.set_axis_off()
+    show_photograph(axes, *open_photograph(picture.image))
     axes.set_title(picture.name.replace("_", " "), fontsize=12)
-    axes.add_patch(_box(picture.before, TRAINED_ON, "-"))
-    axes.add_patch(_box(picture.after, FOUND_AFTER, (0, (3, 2))))
+    axes.add_patch(outline(picture.before.box, TRAINED_ON))
+    axes.add_patch(outline(picture.after.box, FOUND_AFTER, (0, (3, 2))))
 
 
 def _write_pair(axes: Axes, picture: PairPicture) -> None:
@@ -163,28 +145,6 @@ def _write_pair(axes: Axes, picture: PairPicture) -> None:
     y = 0.98
     for when, pair, colour in captions:
         text = f"{when}, {pair.region}: “{picture.sentences[pair.sentence]}”"
-        lines = textwrap.wrap(text, width=54, max_lines=4, placeholder=" …")
+        lines = wrap(text, 54, max_lines=4, placeholder=" …")
         axes.text(0.0, y, "\n".join(lines), color=colour, fontsize=9.5, va="top", linespacing=1.15)
         y -= 0.125 * len(lines) + 0.05
-
-
-def _box(pair: LocalPair, colour: str, style: Any) -> Rectangle:
-    x1, y1, x2, y2 = pair.box
-    return Rectangle(
-        (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=2.5, linestyle=style
-    )
-
-
-def _open(path: Path) -> tuple[Image.Image, tuple[int, int]]:
-    """A photograph small enough to draw quickly, and its true width and height."""
-    with Image.open(path) as image:
-        size = image.size
-        photograph = image.convert("RGB")
-    photograph.thumbnail((640, 640))
-    return photograph, size
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: bench)")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: models)")
 
 from benchmarks import device as sweep
 from benchmarks import report

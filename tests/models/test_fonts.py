@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: demo)")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: models)")
 
 from matplotlib import font_manager, rcParams
 from matplotlib.figure import Figure

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from PIL import Image
 
 from fastgoal_models.caft import Caft
 from fastgoal_models.caft.data import text_rows
-from fastgoal_models.caft.pictures import caft_maps, cell_shares, draw_caft
+from fastgoal_models.caft.maps import caft_maps, cell_shares
+from fastgoal_models.caft.picture_command import draw_hierarchy
+from fastgoal_models.caft.pictures import draw_caft
+from fastgoal_models.errors import ConfigError
 
 
 def test_shares_of_every_level_sum_to_one_and_maps_to_the_attention(tmp_path):
@@ -41,3 +45,9 @@ def test_shares_of_every_level_sum_to_one_and_maps_to_the_attention(tmp_path):
     draw_caft(picture, captions, maps, tmp_path / "drawn.png")
     with Image.open(tmp_path / "drawn.png") as drawn:
         assert drawn.width > drawn.height > 300
+
+
+def test_an_ending_that_names_no_picture_is_refused_before_anything_is_loaded(tmp_path):
+    gone = tmp_path / "gone"
+    with pytest.raises(ConfigError, match=r"seen\.txt should end in one of .*png"):
+        draw_hierarchy(gone / "cat.jpg", "A cat.", gone, tmp_path / "seen.txt")
