@@ -24,6 +24,7 @@ from .fast_goal import FastGoalModel
 from .glit import GlitError, image_tensor, load_image
 
 RESIZES = ("own", "squash")
+_BLOCK_BYTES = 1 << 28  # of patches at once; as much as retrieval takes to the device at once
 
 Transform = Callable[[Image.Image], Tensor]
 Progress = Callable[[int], None]
@@ -111,15 +112,56 @@ def encode_pictures(
     found, parts = Pictures(), []
     transform = pixels_for(model.preprocess, resize)
     for batch in batches_of_pictures(paths, transform, batch_size, found, progress):
-        if tokens:
-            _, patches = model.image_tokens(batch.to(device))
-            encoded = torch.nn.functional.normalize(model.project_patches(patches), dim=-1)
-        else:
-            encoded = model.encode_image(batch.to(device))
+        encoded = _patches(model, batch, device) if tokens else model.encode_image(batch.to(device))
         parts.append(encoded.float().cpu())
-    if not parts:
-        raise ConfigError(f"none of {len(paths)} pictures can be read: {_first(found)}")
+    _require_some(found)
     return torch.cat(parts), found
+
+
+@torch.no_grad()
+def blocks_of_patches(
+    model: FastGoalModel,
+    paths: Sequence[Path],
+    found: Pictures,
+    *,
+    resize: str = "own",
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """Features of every patch (N, h·w, E) as of `encode_pictures`, of so many pictures at once.
+
+    On the model's device, in blocks of 256 MB, or of one batch where that is more. A block is good
+    until the next one is asked for, which overwrites it. `found` says which pictures were read.
+
+    Raises ConfigError where none can be.
+    """
+    device = next(model.parameters()).device
+    transform = pixels_for(model.preprocess, resize)
+    block, held = torch.empty(0), 0
+    for batch in batches_of_pictures(paths, transform, batch_size, found, progress):
+        patches = _patches(model, batch, device).float()
+        if not len(block):
+            size = patches[0].numel() * patches.element_size()
+            most = max(_BLOCK_BYTES // size, batch_size)
+            block = patches.new_empty(min(most, len(paths)), *patches.shape[1:])
+        if held + len(patches) > len(block):
+            yield block[:held]
+            held = 0
+        block[held : held + len(patches)] = patches
+        held += len(patches)
+    _require_some(found)
+    yield block[:held]
+
+
+def _patches(model: FastGoalModel, batch: Tensor, device: torch.device) -> Tensor:
+    _, patches = model.image_tokens(batch.to(device))
+    return torch.nn.functional.normalize(model.project_patches(patches), dim=-1)
+
+
+def _require_some(found: Pictures) -> None:
+    if not found.kept:
+        why = next(iter(found.lost.values()), "there are none")
+        raise ConfigError(f"none of {len(found.lost)} pictures can be read: {why}")
 
 
 @torch.no_grad()
@@ -143,17 +185,18 @@ def encode_captions(
             progress(len(part))
     if not parts:
         raise ConfigError("there are no captions to encode")
-    return torch.cat(parts)[order.argsort()], truncated
+    return torch.cat(parts)[order.argsort()], int(truncated.sum())
 
 
-def caption_rows(model: FastGoalModel, captions: Sequence[str]) -> tuple[Tensor, Tensor, int]:
-    """Captions as a CLIP's tokens (M, L), how many each has with start and end, and how many
-    captions ran past the context."""
+def caption_rows(model: FastGoalModel, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions as a CLIP's tokens (M, L), how many each has with start and end, and whether it
+    ran past the context."""
     rows = model.tokenizer(list(captions))
     lengths = rows.argmax(dim=1) + 1
+    truncated = torch.zeros(len(rows), dtype=torch.bool)
     # Of rows that are full, those that would have been longer.
-    full = (lengths == rows.shape[1]).nonzero().flatten().tolist()
-    truncated = sum(len(model.tokenizer.encode(captions[at])) > rows.shape[1] - 2 for at in full)
+    for at in (lengths == rows.shape[1]).nonzero().flatten().tolist():
+        truncated[at] = len(model.tokenizer.encode(captions[at])) > rows.shape[1] - 2
     return rows, lengths, truncated
 
 
@@ -178,7 +221,3 @@ def caft_rows(
     for i, j in full:
         truncated[i] |= len(model.tokenizer.encode(parts[i][j])) > room
     return rows, truncated
-
-
-def _first(found: Pictures) -> str:
-    return next(iter(found.lost.values()), "there are none")

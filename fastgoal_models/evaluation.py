@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from fastgoal_kernels import maxsim_topk
-
 from .caft.model import Caft
 from .caft.scoring import SCORES as CAFT_SCORES
 from .caft.scoring import caft_ranks, encode
@@ -21,6 +19,7 @@ from .encoding import (
     Pictures,
     Progress,
     batches_of_pictures,
+    blocks_of_patches,
     caft_rows,
     caption_rows,
     encode_captions,
@@ -30,10 +29,12 @@ from .encoding import (
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
 from .glit import GlitRecord, crop_region, load_image
+from .maxsim_blocks import best_of_kept, topk_of_blocks
 from .retrieval import Intervals, Ranks, Retrieval, candidates_needed, feature_ranks, ranks_of_best
 from .sets import CaptionedImage, CaptionSet
 
 CLIP_SCORES = ("global", "maxsim")
+_SPARE = 64  # captions whose picture may turn out not to be readable at no cost
 
 
 class Found(NamedTuple):
@@ -93,8 +94,10 @@ class Evaluated:
 
 
 def caption_set(records: Sequence[GlitRecord], name: str) -> CaptionSet:
-    """Records as a set in which each picture has its whole caption."""
-    return CaptionSet(name, [CaptionedImage(r.id, r.image, (r.caption,)) for r in records])
+    """Records as a set in which each picture has all captions that its row lists, or its one."""
+    return CaptionSet(
+        name, [CaptionedImage(r.id, r.image, r.captions or (r.caption,)) for r in records]
+    )
 
 
 def scores_of(model: FastGoalModel | Caft) -> tuple[str, ...]:
@@ -147,41 +150,63 @@ def evaluate_set(
             )
         else:
             options = {"resize": resize, "batch_size": batch_size, "progress": progress}
-            ranks, truncated, found, shown = _clip(
-                model, captioned, paths, score, ks, show, options
-            )
+            judge = _maxsim if score == "maxsim" else _global
+            ranks, truncated, found, shown = judge(model, captioned, paths, ks, show, options)
     finally:
         model.train(was_training)
     unread = {captioned.images[place].id: why for place, why in found.lost.items()}
     return Evaluated(score, ranks.recall(ks), ranks.intervals(ks), truncated, unread, shown)
 
 
-def _clip(
+def _global(
     model: FastGoalModel,
     captioned: CaptionSet,
     paths: list[Path],
-    score: str,
     ks: tuple[int, ...],
     show: int,
     options: dict[str, Any],
 ) -> tuple[Ranks, int, Pictures, Found | None]:
-    tokens = score == "maxsim"
-    images, found = encode_pictures(model, paths, tokens=tokens, **options)
+    images, found = encode_pictures(model, paths, **options)
     captions, owner = _captions(captioned, found)
     text_options = {name: options[name] for name in ("batch_size", "progress")}
-    if not tokens:
-        texts, truncated = encode_captions(model, captions, **text_options)
-        ranks = feature_ranks(images, texts, text_image=owner)
-        shown = _shown(ranks, _best_images(images, texts, show), captions, found)
-        return ranks, truncated, found, shown
-    words, offsets, truncated = word_tokens(model, captions, **text_options)
-    best = maxsim_topk(
-        images, words, max(candidates_needed(ks, owner), show), text_offsets=offsets,
-        device=next(model.parameters()).device,
-    )  # fmt: skip
-    ranks = ranks_of_best(best, owner)
-    shown = _shown(ranks, tuple(x[:, :show] for x in best[1]), captions, found)
+    texts, truncated = encode_captions(model, captions, **text_options)
+    ranks = feature_ranks(images, texts, text_image=owner)
+    shown = _shown(ranks, _best_images(images, texts, show), captions, found)
     return ranks, truncated, found, shown
+
+
+def _maxsim(
+    model: FastGoalModel,
+    captioned: CaptionSet,
+    paths: list[Path],
+    ks: tuple[int, ...],
+    show: int,
+    options: dict[str, Any],
+) -> tuple[Ranks, int, Pictures, Found | None]:
+    """Words are there all at once, patches a block at a time: they meet all words when made.
+
+    Only at the end is it known which pictures could not be read. Their captions count nowhere, and
+    so each image finds some captions more than are needed.
+    """
+    every, places = _captions(captioned, None)
+    text_options = {name: options[name] for name in ("batch_size", "progress")}
+    words, offsets, truncated = word_tokens(model, every, **text_options)
+    needed, spare = max(candidates_needed(ks, places), show), _SPARE
+    while True:
+        found = Pictures()
+        blocks = blocks_of_patches(model, paths, found, **options)
+        by_image, by_text = topk_of_blocks(blocks, words, offsets, needed + spare)
+        chosen = torch.isin(places, torch.tensor(found.kept))
+        lost = int((~chosen).sum())
+        if lost <= spare:
+            break
+        spare, options = lost, options | {"progress": None}  # all over again, counted once
+    captions, owner = _captions(captioned, found)
+    needed = max(candidates_needed(ks, owner), show)
+    scores, images = (x[chosen.to(x.device), :needed] for x in by_text)
+    ranks = ranks_of_best((best_of_kept(by_image, chosen, needed), (scores, images)), owner)
+    shown = _shown(ranks, (scores[:, :show], images[:, :show]), captions, found)
+    return ranks, int(truncated[chosen].sum()), found, shown
 
 
 def _best_images(images: Tensor, texts: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -260,16 +285,17 @@ def word_tokens(
     *,
     batch_size: int = 64,
     progress: Progress | None = None,
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Projected, L2-normalised word tokens of captions, packed (total, E), and offsets (M + 1,).
 
-    The tokens between the start and the end token. The third is how many captions ran past the
-    context.
+    The tokens between the start and the end token. The third, (M,) bool, is whether a caption ran
+    past the context.
     """
     device = next(model.parameters()).device
     rows, lengths, truncated = caption_rows(model, captions)
     lengths = lengths - 2  # without start and end
-    parts = []
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    words = torch.empty(0)
     for start in range(0, len(rows), batch_size):
         some = lengths[start : start + batch_size]
         batch = rows[start : start + batch_size, : int(some.max()) + 2].to(device)
@@ -278,11 +304,12 @@ def word_tokens(
         inside = (torch.arange(tokens.shape[1]) >= 1) & (
             torch.arange(tokens.shape[1]) <= some[:, None]
         )
-        parts.append(tokens[inside])
+        if start == 0:  # room for all, once: joined from parts they would be there twice
+            words = tokens.new_empty(int(offsets[-1]), tokens.shape[-1])
+        words[int(offsets[start]) : int(offsets[start + len(some)])] = tokens[inside]
         if progress is not None:
             progress(len(batch))
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return torch.cat(parts), offsets, truncated
+    return words, offsets, truncated
 
 
 # -- the joint set of pictures and their parts ----------------------------------------------------

@@ -19,6 +19,8 @@ from fastgoal_kernels import maxsim_topk
 LONG_TEXT_KS = (1, 5, 25, 50)
 SHORT_TEXT_KS = (1, 5, 10, 15)
 
+_BOOTSTRAP_BLOCK = 1 << 20  # draws held at once, of 16 bytes each
+
 
 class Retrieval(NamedTuple):
     """Recall@K in [0, 1] per K, and the number of queries behind it, for both directions."""
@@ -72,30 +74,33 @@ class Ranks(NamedTuple):
         So the five captions of one photograph are not taken for five independent draws.
         """
         count = len(self.asked)
-        if count == 0:
+        if count == 0 or not ks:
             return Intervals(dict.fromkeys(ks, (0.0, 0.0)), dict.fromkeys(ks, (0.0, 0.0)))
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(count, (samples, count), generator=generator)
-        weights = torch.zeros(samples, count, dtype=torch.float64)
-        weights.scatter_add_(1, drawn, torch.ones_like(weights))
         place = torch.searchsorted(self.asked.cpu(), self.text_image.cpu())
+        # (count, 2 + 2·K): of each image its texts, itself, and the hits of both at each K.
+        hits = [torch.ones_like(place), *(self.texts.cpu() <= k for k in ks)]
+        of_texts = torch.zeros(count, len(hits), dtype=torch.float64)
+        of_texts.index_add_(0, place, torch.stack(hits, dim=1).double())
+        hits = [torch.ones(count), *(self.images.cpu() <= k for k in ks)]
+        of_images = torch.stack(hits, dim=1).double()
+        columns = torch.cat([of_texts, of_images], dim=1)
+        generator = torch.Generator().manual_seed(seed)
+        sums = []
+        rows = max(_BOOTSTRAP_BLOCK // count, 1)
+        for start in range(0, samples, rows):  # all at once, every image would take 24 KB
+            some = min(rows, samples - start)
+            drawn = torch.randint(count, (some, count), generator=generator)
+            times = torch.zeros(some, count, dtype=torch.float64)
+            times.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand_as(times))
+            sums.append(times @ columns)
+        texts, images = torch.cat(sums).chunk(2, dim=1)
         tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
 
-        def ends(hits: Tensor, queries: Tensor) -> Interval:
-            low, high = (weights @ hits / (weights @ queries)).quantile(tails).tolist()
-            return low, high
+        def ends(sums: Tensor) -> dict[int, Interval]:
+            low, high = (sums[:, 1:] / sums[:, :1]).quantile(tails, dim=0).tolist()
+            return dict(zip(ks, zip(low, high, strict=True), strict=True))
 
-        def of_texts(k: int) -> Interval:
-            both = torch.zeros(2, count, dtype=torch.float64)
-            both[0].index_add_(0, place, (self.texts.cpu() <= k).double())
-            both[1].index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
-            return ends(both[0], both[1])
-
-        every = torch.ones(count, dtype=torch.float64)
-        return Intervals(
-            {k: of_texts(k) for k in ks},
-            {k: ends((self.images.cpu() <= k).double(), every) for k in ks},
-        )
+        return Intervals(ends(texts), ends(images))
 
 
 def first_right_ranks(scores: Tensor, right: Tensor) -> Tensor:

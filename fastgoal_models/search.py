@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
@@ -58,6 +58,20 @@ class Index:
     weights: str
     """`identity_of` the model"""
 
+    def path(self, place: int) -> Path:
+        """Of one image. Raises ConfigError where a link leads out of the folder."""
+        path = self.folder / self.names[place]
+        try:
+            inside = path.resolve().is_relative_to(self.folder.resolve())
+        except (OSError, ValueError, RuntimeError):  # a zero byte, links in a circle
+            inside = False
+        if not inside:
+            raise ConfigError(
+                f"{path} of the index is a link out of its folder, or no file. Fix: make the index "
+                "anew with `fastgoal embed`"
+            )
+        return path
+
     def save(self, path: Path) -> None:
         """Write it in one step, as safetensors; no image is stored."""
         notes = {
@@ -70,23 +84,49 @@ class Index:
 
     @classmethod
     def load(cls, path: Path) -> Index:
-        """Read one back. Raises ConfigError for another kind of file."""
+        """Read one back.
+
+        Raises ConfigError for another kind of file, and for an index that is damaged or names files
+        outside its folder, which `make_index` never does.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 notes = file.metadata() or {}
                 if notes.get("kind") != "fastgoal index":
                     raise ConfigError(f"{path} is no index. Fix: make one with `fastgoal embed`")
-                return cls(
-                    Path(notes["folder"]),
-                    json.loads(notes["names"]),
-                    file.get_tensor("features"),
-                    notes["weights"],
-                )
-        except (SafetensorError, OSError, KeyError) as error:
+                features = file.get_tensor("features")
+        except (SafetensorError, OSError) as error:
             raise ConfigError(
                 f"{path} is neither a folder of images nor an index that `fastgoal embed` wrote: "
                 f"{error}"
             ) from error
+        try:
+            names = json.loads(notes["names"])
+            index = cls(Path(notes["folder"]), names, features, notes["weights"])
+        except (KeyError, ValueError, RecursionError) as error:
+            raise _damaged(path, f"its notes can not be read ({error!r})") from error
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise _damaged(path, "its names are no list of names")
+        if features.ndim != 2 or len(features) != len(names) or not features.is_floating_point():
+            raise _damaged(
+                path, f"features {tuple(features.shape)} are not one row for {len(names)} names"
+            )
+        outside = next((name for name in names if _leaves(name)), None)
+        if outside is not None:
+            raise _damaged(path, f"it names {outside!r}, which is not in {index.folder}")
+        return index
+
+
+def _damaged(path: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is an index that can not be used: {what}. Fix: make it anew with `fastgoal embed`"
+    )
+
+
+def _leaves(name: str) -> bool:
+    """Whether a path that should be relative to a folder leads out of it."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def make_index(
@@ -166,7 +206,7 @@ def search_index(
     if score == "reranked":
         among = scores.argsort(descending=True, stable=True)[: max(SHORTLIST, k)]
     words, offsets, _ = word_tokens(model, [query])
-    paths = [index.folder / index.names[place] for place in among.tolist()]
+    paths = [index.path(place) for place in among.tolist()]
     blocks = []
     for start in range(0, len(paths), batch_size):  # patches are large: never those of all images
         some = paths[start : start + batch_size]
@@ -182,7 +222,7 @@ def search_index(
 
 def _best(index: Index, scores: Tensor, among: Tensor, k: int) -> list[Hit]:
     order = scores.argsort(descending=True, stable=True)[:k].tolist()
-    return [Hit(index.folder / index.names[int(among[at])], float(scores[at])) for at in order]
+    return [Hit(index.path(int(among[at])), float(scores[at])) for at in order]
 
 
 @torch.no_grad()
@@ -193,17 +233,23 @@ def search_with_caft(
     k: int,
     *,
     alpha: float = ALPHA,
+    published: bool | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> tuple[list[Hit], dict[str, str]]:
-    """`search_index` for a CAFT: (1 - alpha) whole + alpha parts; and pictures not to be read."""
+    """`search_index` for a CAFT: (1 - alpha) whole + alpha parts; and pictures not to be read.
+
+    `published`: cut the query as the published code does; None: as the model was trained.
+    """
     if not query.strip():
         raise ConfigError("the query has no words")
     found = Pictures()
 
     transform = pixels_for(PreprocessCfg(model.config.image_size))
     pictures = batches_of_pictures(paths, transform, batch_size, found, progress)
-    rows, _ = caft_rows(model, [query])
+    if published is None:
+        published = model.visual.published
+    rows, _ = caft_rows(model, [query], published)
     features = encode(model, pictures, [rows], keep_on=model.logit_scale.device)
     scores = hierarchical_scores(
         model.visual_proj, features.fine_tokens, features.part_features,

@@ -22,11 +22,12 @@ class Classified(NamedTuple):
     """Shares of pictures, in [0, 1]."""
 
     top1: float
-    top5: float
+    top5: float | None
+    """None for five classes or fewer, of which it takes every one, whatever the model"""
     classes: int
     pictures: int
-    unread: int
-    """pictures that could not be read, which count nowhere"""
+    unread: dict[str, str]
+    """pictures that could not be read, by path, and why; they count nowhere"""
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -76,7 +77,10 @@ def classify(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Classified:
-    """Accuracy of the class whose prompts are most similar; ties count against the model."""
+    """Accuracy of the class whose prompts are most similar; ties count against the model.
+
+    Raises ConfigError where none of the pictures can be read.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -94,4 +98,6 @@ def classify(
     right = scores.gather(1, owners[found.kept][:, None])
     ranks = (~(scores < right)).sum(dim=1)  # its own class is one of those not below itself
     top1, top5 = (float((ranks <= k).double().mean()) for k in (1, 5))
-    return Classified(top1, top5, len(classes), len(features), len(found.lost))
+    unread = {str(paths[place]): why for place, why in found.lost.items()}
+    told = top5 if len(classes) > 5 else None
+    return Classified(top1, told, len(classes), len(features), unread)

@@ -74,19 +74,23 @@ def encode(
     was_training = model.training
     model.eval()
     try:
-        encoded_images = [model.encode_image(batch.to(device)) for batch in images]
-        parts, wholes = [], []
+        fine, coarse, parts, wholes = [], [], [], []
+        for batch in images:  # each moved at once: fine tokens of many fill a GPU
+            seen = model.encode_image(batch.to(device))
+            fine.append(seen.fine_tokens.to(keep_on))
+            coarse.append(seen.whole_features.to(keep_on))
+            del seen
         for batch in texts:
             encoded = model.encode_text(batch[:, : model.config.text.parts].to(device))
             parts.append(encoded.part_features.to(keep_on))
             wholes.append(encoded.whole_features.to(keep_on))
     finally:
         model.train(was_training)
-    if not encoded_images or not parts:
+    if not fine or not parts:
         raise ConfigError("there are no images or no captions to encode")
     return CaftFeatures(
-        torch.cat([x.fine_tokens.to(keep_on) for x in encoded_images]),
-        torch.cat([x.whole_features.to(keep_on) for x in encoded_images]),
+        torch.cat(fine),
+        torch.cat(coarse),
         torch.cat(parts),
         torch.cat(wholes),
     )

@@ -17,6 +17,7 @@ from .shared_options import (
     JsonOption,
     ModelOption,
     PretrainedOption,
+    PublishedOption,
 )
 
 
@@ -51,8 +52,8 @@ def evaluate(
     trained_on: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Annotations that were trained on: is a test image among them? Default: what a "
-            "run in --model notes."
+            help="Annotations that were trained on: is a test image among them? Default: what the "
+            "run in --model notes, and the runs that it started from."
         ),
     ] = None,
     score: Annotated[
@@ -66,9 +67,7 @@ def evaluate(
             "crop; squash: as we train."
         ),
     ] = Resize.own,
-    published: Annotated[
-        bool, typer.Option("--published", help="CAFT: cut captions as the published code does.")
-    ] = False,
+    published: PublishedOption = None,
     sheets: Annotated[
         Path | None,
         typer.Option(help="Folder for pictures of what captions found, right and wrong marked."),
@@ -83,7 +82,7 @@ def evaluate(
     With local pairs in --data also mAP on pictures and regions, and whether sentences look into
     their boxes.
     """
-    with user_errors(extra="demo"):  # --sheets draws
+    with user_errors():
         from ..eval_command import EvalOptions, run_eval
 
         run_eval(

@@ -16,6 +16,7 @@ from .shared_options import (
     JsonOption,
     ModelOption,
     PretrainedOption,
+    PublishedOption,
 )
 
 
@@ -32,6 +33,7 @@ def search(
             "best. Default: reranked. A CAFT has its blended score."
         ),
     ] = None,
+    published: PublishedOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Also draw a contact sheet, e.g. sheet.png.")
     ] = None,
@@ -41,9 +43,10 @@ def search(
     device: DeviceOption = None,
 ) -> None:
     """Find images for a long text."""
-    with user_errors(extra="demo"):
+    with user_errors():
         from ..search_command import ModelOptions, run_search
 
         options = ModelOptions(model, pretrained, context_length, batch_size, device)
         console = console_beside(json_path)
-        run_search(query, images, k, score, options, out, json_path, command_line(), console)
+        command = command_line()
+        run_search(query, images, k, score, published, options, out, json_path, command, console)

@@ -48,6 +48,14 @@ PretrainedOption = Annotated[
     str | None,
     typer.Option(help="An open_clip tag of --model, or a weights file. Default: random weights."),
 ]
+PublishedOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--published/--no-published",
+        help="CAFT: cut texts as the published code does. Default: as it was trained, released "
+        "weights as published.",
+    ),
+]
 ImagesAtOnceOption = Annotated[int, typer.Option(min=1, help="Images encoded at once.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 JsonOption = Annotated[

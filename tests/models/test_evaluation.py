@@ -1,19 +1,19 @@
 """`fastgoal eval`: its numbers are those of plain score matrices, and what is left out is named."""
 
 import json
-import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from fastgoal_kernels import maxsim_scores
-from fastgoal_models import write_glit
+from fastgoal_models import evaluation, write_glit
 from fastgoal_models.caft import Caft
 from fastgoal_models.cli import app
+from fastgoal_models.encoding import caft_rows
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.evaluation import (
     average_precision_at,
@@ -22,9 +22,9 @@ from fastgoal_models.evaluation import (
     joint_precision,
 )
 from fastgoal_models.glit import crop_region, image_tensor, load_image
-from fastgoal_models.overlap import noted_data, trained_on, training_images
 from fastgoal_models.retrieval import recall_at_k
 from fastgoal_models.sets import CaptionedImage, CaptionSet
+from fastgoal_models.trained import notes_as_metadata
 from tests.models.small_models import CONFIG, coloured_records, small_clip
 
 CAFT = {
@@ -155,41 +155,6 @@ def test_joint_precision_is_that_of_all_pictures_and_parts(records):
     assert (found.at, found.records) == (4, 3)
 
 
-def test_training_images_among_the_test_images(records, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    copy = elsewhere / "another name.png"
-    copy.write_bytes(records[0].image.read_bytes())
-    same_name = elsewhere / "green.jpg"
-    same_name.write_bytes(b"other bytes")
-    captioned = caption_set(records, "x")
-    assert trained_on(captioned, [copy, same_name]) == ["red", "green"]
-    assert trained_on(captioned, []) == []
-    # A mere number is no name: every folder has its 12.png.
-    (tmp_path / "12.png").write_bytes(records[2].image.read_bytes() + b"x")
-    numbered = CaptionSet("x", [CaptionedImage("a", tmp_path / "12.png", ("x",))])
-    assert trained_on(numbered, [elsewhere / "12.png"]) == []
-
-
-def test_what_was_trained_on_is_read_from_files_whose_images_are_elsewhere(records, tmp_path):
-    far = tmp_path / "far"
-    far.mkdir()
-    rows = [{"image": f"gone/{record.id}.jpg", "caption": "x"} for record in records[:2]]
-    lines = [*map(json.dumps, rows), "no json", json.dumps({"caption": "no image"})]
-    (far / "train.jsonl").write_text("\n".join(lines))
-    with tarfile.open(far / "shard.tar", "w") as tar:
-        for name in ("some/blue.png", "some/blue.json"):
-            tar.addfile(tarfile.TarInfo(name))
-    captioned = caption_set(records, "x")
-    assert trained_on(captioned, training_images(far / "train.jsonl")) == ["red", "green"]
-    assert trained_on(captioned, training_images(far / "shard.tar")) == ["blue"]
-    (far / "empty.jsonl").write_text("no json\n")
-    with pytest.raises(ConfigError, match="nothing was compared"):
-        training_images(far / "empty.jsonl")
-    with pytest.raises(ConfigError, match="no such file"):
-        training_images(far / "nowhere.jsonl")
-
-
 def test_a_broken_picture_costs_no_result_and_a_files_name_no_papers_rows(records, tmp_path):
     half = tmp_path / "red.jpg"  # whose header is whole
     Image.effect_noise((48, 32), 50).convert("RGB").save(half)
@@ -229,7 +194,7 @@ def test_the_command(records, tmp_path):
     ]  # fmt: skip
     done = fastgoal(*command)
     assert done.exit_code == 0, done.output
-    assert "3 test images are among the training images" in done.output
+    assert done.output.count("3 test images are among the training images") == 1
     document = json.loads((tmp_path / "e.json").read_text())
     before, after = document["models"]
     assert before["retrieval"] == after["retrieval"]
@@ -242,8 +207,89 @@ def test_the_command(records, tmp_path):
     assert list(after["retrieval"]["text_to_image"]) == ["1"]
     assert "R@1 text → image" in done.output and "R@5" not in done.output
     assert done.output.count("K takes every candidate") == 1
+    # Of two classes the best five are both, whatever the model.
+    assert after["classes"]["top5"] is None and "zero-shot top-5" not in done.output
+    assert "top-5 is left out: it takes all of 2 classes" in done.output
     nothing = fastgoal("eval", "--model", tmp_path / "model.json")
     assert nothing.exit_code == 2 and "nothing to evaluate on" in nothing.output
+
+
+def test_pictures_of_classes_that_can_not_be_read_are_named(tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    for number in range(6):
+        (tmp_path / "classes" / f"class{number}").mkdir(parents=True)
+        Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(
+            tmp_path / "classes" / f"class{number}" / "1.png"
+        )
+    (tmp_path / "classes" / "class0" / "broken.png").write_bytes(b"no picture")
+    done = fastgoal(
+        "eval", "--model", tmp_path / "model.json", "--classes", tmp_path / "classes",
+        "--device", "cpu", "--json", tmp_path / "e.json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    said = "1 pictures of --classes could not be read and are counted nowhere: "
+    assert said in done.output and "broken.png" in done.output
+    (found,) = json.loads((tmp_path / "e.json").read_text())["models"]
+    assert list(found["classes"]["unread"]) == [str(tmp_path / "classes/class0/broken.png")]
+    assert found["classes"]["pictures"] == 6 and found["overlap"] is None
+    assert "zero-shot top-5" in done.output and "is left out" not in done.output
+
+
+@pytest.mark.parametrize(
+    "words, refused",
+    [
+        (
+            ["--data", "d.jsonl", "--before-pretrained", "openai"],
+            "--before-pretrained openai is of",
+        ),
+        (["--classes", "c", "--sheets", "s"], "--sheets does nothing with --classes alone"),
+        (["--classes", "c", "--trained-on", "t"], "--trained-on does nothing with --classes"),
+        (["--classes", "c", "--score", "global"], "--score does nothing with --classes alone"),
+        (["--classes", "c", "--root", "r"], "--root does nothing with --classes alone"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(tmp_path, words, refused):
+    done = fastgoal("eval", "--model", "no such model", *words)
+    assert done.exit_code == 2 and refused in done.output
+
+
+def test_published_is_for_a_caft(records, tmp_path):
+    write_glit(records, tmp_path / "data.jsonl")
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    command = ["eval", "--model", tmp_path / "model.json", "--data", tmp_path / "data.jsonl"]
+    for word in ("--published", "--no-published"):
+        done = fastgoal(*command, word)
+        assert done.exit_code == 2 and f"{word} is how captions are cut" in done.output
+
+
+@pytest.mark.parametrize("trained, foreign", [(True, False), (False, False), (True, True)])
+def test_a_cafts_captions_are_cut_as_it_was_trained(
+    records, tmp_path, monkeypatch, trained, foreign
+):
+    """By what its run noted; released weights, of which nothing is, as published."""
+    write_glit(records, tmp_path / "data.jsonl")
+    (tmp_path / "caft.json").write_text(json.dumps(CAFT))
+    torch.manual_seed(0)
+    weights = Caft.create(CAFT, superpixels="sfcn" if foreign else "grid").state_dict()
+    notes = {} if foreign else {"superpixels": "grid", "published": trained}
+    save_file(weights, tmp_path / "caft.safetensors", notes_as_metadata(notes))
+    cut = []
+
+    def rows(model, captions, published=False):
+        cut.append(published)
+        return caft_rows(model, captions, published)
+
+    monkeypatch.setattr(evaluation, "caft_rows", rows)
+    command = [
+        "eval", "--model", tmp_path / "caft.json", "--pretrained", tmp_path / "caft.safetensors",
+        "--data", tmp_path / "data.jsonl", "--device", "cpu", "--json", tmp_path / "e.json",
+    ]  # fmt: skip
+    for words, expected in (([], trained), (["--published"], True), (["--no-published"], False)):
+        done = fastgoal(*command, *words)
+        assert done.exit_code == 0, done.output
+        (model,) = json.loads((tmp_path / "e.json").read_text())["models"]
+        assert model["published_captions"] is expected and cut.pop() is expected
+        assert ("captions cut as published" in done.output) == expected
 
 
 def test_recall_that_any_model_has_is_no_result(records):
@@ -271,37 +317,6 @@ def tuned(records, tmp_path, monkeypatch):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     return ["eval", "--data", "data.jsonl", "--device", "cpu", "--json", "e.json", "--model"]
-
-
-def test_what_a_run_was_trained_on_is_known(tuned, tmp_path):
-    for model in ("run", "run/checkpoints/step-00000001"):
-        done = fastgoal(*tuned, model)
-        assert done.exit_code == 0, done.output
-        assert f"trained on trained.jsonl, says {tmp_path / 'run/config.yaml'}" in done.output
-        assert "2 test images are among the training images: red, green" in done.output
-        assert json.loads((tmp_path / "e.json").read_text())["trained_on"] == ["red", "green"]
-    named = fastgoal(*tuned, "run", "--trained-on", "data.jsonl")
-    assert "3 test images are among" in named.output and "says" not in named.output
-    lone = json.loads((tmp_path / "data.jsonl").read_text().splitlines()[2])
-    (tmp_path / "lone.jsonl").write_text(json.dumps(lone))
-    assert "No test image is among" in fastgoal(*tuned, "run", "--data", "lone.jsonl").output
-    (tmp_path / "trained.jsonl").unlink()
-    done = fastgoal(*tuned, "run")
-    assert done.exit_code == 0 and done.output.count("Fix: --trained-on FILE") == 1
-    assert "among the training images" not in done.output
-
-
-def test_the_images_of_a_run_may_lie_elsewhere(records, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    (tmp_path / "trained.jsonl").write_text(json.dumps({"image": "a.png", "caption": "x"}) + "\n")
-    (tmp_path / "run/config.yaml").write_text("data: trained.jsonl\nroot: far\n")
-    noted = noted_data("run")
-    assert noted is not None and training_images(noted.data, noted.root) == [Path("far/a.png")]
-    for broken in ("data: [", "- data", "out: run"):
-        (tmp_path / "run/config.yaml").write_text(broken)
-        assert noted_data("run") is None
-    assert noted_data("ViT-B-16") is None
 
 
 def test_the_model_before_reads_as_much_of_a_caption(tuned, tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fastgoal_kernels import maxsim_scores, pack_tokens
 from fastgoal_kernels.functional import token_blocks
+from fastgoal_models import retrieval
 from fastgoal_models.retrieval import (
     Ranks,
     feature_recall,
@@ -159,6 +160,24 @@ def test_intervals_bring_an_images_texts_along():
     low, high = intervals.image_to_text[1]
     assert low <= 0.9 <= high == 1.0
     assert intervals == found.intervals((1, 10), samples=4000)
+
+
+def test_intervals_do_not_depend_on_how_many_draws_are_held(monkeypatch):
+    owner = torch.randint(30, (90,), generator=torch.Generator().manual_seed(0))
+    asked = owner.unique()
+    found = Ranks(torch.arange(90) % 12 + 1, torch.arange(len(asked)) % 9 + 1, owner, asked)
+    whole = found.intervals()
+    monkeypatch.setattr(retrieval, "_BOOTSTRAP_BLOCK", 200)  # of which 1000 draws need 150
+    assert found.intervals() == whole
+    monkeypatch.setattr(retrieval, "_BOOTSTRAP_BLOCK", 1)
+    assert found.intervals() == whole
+    # As of all draws at once, which took 24 KB an image.
+    drawn = torch.randint(
+        len(asked), (1000, len(asked)), generator=torch.Generator().manual_seed(0)
+    )
+    shares = (found.images <= 5)[drawn].double().mean(dim=1)
+    ends = shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert whole.image_to_text[5] == pytest.approx(tuple(ends))
 
 
 def test_intervals_leave_distractors_out_and_weigh_texts():

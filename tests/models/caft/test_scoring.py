@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,6 +91,28 @@ def test_encode_gives_the_models_features_batch_by_batch(model):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_encode_keeps_no_more_than_a_batch_where_it_encodes(model, monkeypatch):
+    made, encode_image = [], model.encode_image
+
+    def watched(batch):
+        found = encode_image(batch)
+        made.append(weakref.ref(found.fine_tokens))
+        return found
+
+    monkeypatch.setattr(model, "encode_image", watched)
+    size = model.config.image_size
+
+    def images():
+        for _ in range(3):
+            assert all(there() is None for there in made)
+            yield torch.randn(1, 3, size, size)
+
+    texts = torch.randint(1, 400, (1, 4, 9))
+    texts[..., -1] = 49407
+    got = encode(model, images(), [texts], keep_on="meta")  # as another device
+    assert got.fine_tokens.is_meta and len(got.fine_tokens) == len(made) == 3
 
 
 def test_bad_input_is_named(model):
