@@ -55,9 +55,6 @@ def save_checkpoint(
     weights: Mapping[str, Tensor],
     state: Mapping[str, Any],
     config: Mapping[str, Any],
-    *,
-    keep: int | None = None,
-    spare: Path | None = None,
 ) -> Path:
     """Write `folder/step-<step>` in one piece and return its path.
 
@@ -68,8 +65,6 @@ def save_checkpoint(
         state: nested dicts, lists, tuples, numbers, strings and tensors: what `weights_only`
             loading allows.
         config: what the run was started with; must survive a trip through JSON.
-        keep: delete all but the newest `keep` checkpoints afterwards; None keeps all.
-        spare: one that is not deleted, however old.
 
     Raises:
         OSError: the disk is full or the folder can not be written; nothing is left behind.
@@ -108,11 +103,15 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sweep(folder)
+    return final
+
+
+def prune_checkpoints(folder: Path, keep: int | None, spare: Path | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints (None: all stay), and never `spare`."""
     if keep is not None:
         for old in complete_checkpoints(folder)[: -max(keep, 1)]:
             if old != spare:
                 _discard(old)
-    return final
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

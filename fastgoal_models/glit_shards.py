@@ -8,7 +8,6 @@ resumes in the middle of an epoch. Captions and pairs stay in memory, as a GLIT 
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,19 @@ from pathlib import Path
 from PIL import Image
 
 from .caft.data import IMAGE_ENDINGS, json_object
-from .caft.shards import Piece, samples_in
-from .errors import UserError
-from .glit import GlitError, GlitRecord, SkipReport, Unusable, decode_image, row_fields
+from .caft.shards import Piece, listed
+from .glit import (
+    GlitError,
+    GlitRecord,
+    SkipReport,
+    Unusable,
+    decode_image,
+    row_fields,
+    row_id,
+    upright_size,
+)
+from .picture_check import PictureCheck
+from .shard_names import shard_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,26 +50,26 @@ def load_from_shard(record: ShardRecord) -> Image.Image:
 
 
 def read_glit_shards(
-    pattern: str | Path, strict: bool = False
+    pattern: str | Path, strict: bool = False, check: PictureCheck | None = None
 ) -> tuple[list[ShardRecord], SkipReport]:
     """Read shards with GLIT's keys: their usable records, in order, and what was skipped.
 
     Skipped is what `read_glit` skips, besides samples without an image or a JSON object, and what
-    lies behind the place where a shard is broken. Every image is decoded once. A record without an
-    id of its own has its shard's and its sample's name.
+    lies behind the place where a shard is broken. A record without an id of its own has its
+    shard's and its sample's name.
 
     Args:
-        pattern: plain tar files, "shards/part-*.tar", read in the order of their names.
+        pattern: plain tar files, "shards/part-*.tar" or "shards/part-{000..099}.tar", read in the
+            order of their names.
         strict: refuse the shards if anything is skipped.
+        check: whether pictures are decoded; default: every one, once.
 
-    Raises UserError where nothing matches the pattern, GlitError under `strict`.
+    Raises ConfigError where a shard is missing, GlitError under `strict`.
     """
-    shards = [Path(name) for name in sorted(glob.glob(str(pattern)))]
-    if not shards:
-        raise UserError(f"there is no shard {pattern}")
+    shards = shard_paths(pattern)
     report = SkipReport()
     records: dict[str, ShardRecord] = {}
-    for found in _read(shards, report):
+    for found in _read(shards, report, check or PictureCheck()):
         if isinstance(found, ShardRecord) and found.id in records:
             found = Unusable("id appears twice", found.id)
         if isinstance(found, Unusable):
@@ -76,30 +85,32 @@ def read_glit_shards(
     return list(records.values()), report
 
 
-def _read(shards: Sequence[Path], report: SkipReport) -> Iterator[ShardRecord | Unusable]:
+def _read(
+    shards: Sequence[Path], report: SkipReport, check: PictureCheck
+) -> Iterator[ShardRecord | Unusable]:
+    def judged(shard: Path, found: tuple[str, dict[str, Piece]]) -> ShardRecord | Unusable:
+        return check.judge(f"{shard.name}/{found[0]}", partial(_record, shard, *found))
+
     # Decoding is most of the work and leaves the interpreter's lock; order is kept.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for shard in shards:
-            yield from pool.map(partial(_record, shard), list(samples_in(shard, report)))
+        for shard, samples in listed(shards, report, check):
+            yield from pool.map(partial(judged, shard), samples)
 
 
-def _record(shard: Path, found: tuple[str, dict[str, Piece]]) -> ShardRecord | Unusable:
-    key, pieces = found
+def _record(shard: Path, key: str, pieces: dict[str, Piece], decode: bool) -> ShardRecord:
+    """Raises Unusable."""
     name = f"{shard.name}/{key}"
     ending = next((end for end in IMAGE_ENDINGS if end in pieces), None)
     if ending is None:
-        return Unusable("sample has no image", name)
+        raise Unusable("sample has no image", name)
     if "json" not in pieces:
-        return Unusable("sample has no caption", name)
-    try:
-        row = json_object(pieces["json"].read(shard), name)
-        picture = pieces[ending]
-        known = row_fields(row, name, lambda: decode_image(picture.read(shard), name).size)
-    except Unusable as unusable:
-        return unusable
+        raise Unusable("sample has no caption", name)
+    row = json_object(pieces["json"].read(shard), name)
+    picture = pieces[ending]
+    known = row_fields(row, name, lambda: upright_size(picture.read(shard), name, decode))
     return ShardRecord(
         **known,
-        id=str(row.get("id", name)),
+        id=row_id(row, name),
         image=shard / f"{key}.{ending}",
         shard=shard,
         place=picture,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .checkpoints import save_tensors_atomically
 from .errors import ConfigError
-from .loading import differences, name_of
+from .loading import differences, load_fast_goal, name_of, noted_architecture
 from .positional import stretch_positional_embedding
 from .trained import Trained, load_weights, notes_as_metadata
 
@@ -31,10 +32,11 @@ _POSITIONS = ("positional_embedding", "text.positional_embedding")
 class InterpolateOptions:
     """The options of `fastgoal interpolate`."""
 
-    old: Path
+    old: Path  # or the name of a model, whose weights `old_pretrained` says
     new: Path
     out: Path
     alpha: float = 0.5
+    old_pretrained: str | None = None
     force: bool = False
 
 
@@ -44,7 +46,7 @@ def run_interpolate(options: InterpolateOptions, console: Console) -> None:
         raise ConfigError(f"OUT must be a .safetensors file, not {options.out}")
     if options.out.exists() and not options.force:
         raise ConfigError(f"{options.out} exists already. Fix: --force replaces it")
-    sides = _read(options.old, "OLD"), _read(options.new, "NEW")
+    sides = _old(options), _read(options.new, "NEW")
     notes = _notes_of_both(*sides)
     name = name_of(notes)
     old, stretched = _stretched_like(sides[0].weights, sides[1].weights)
@@ -109,6 +111,28 @@ def _differences(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[s
                 f"{name} is {old[name].dtype} in the old one, {new[name].dtype} in the new"
             )
     return found
+
+
+def _old(options: InterpolateOptions) -> Trained:
+    """The weights before the training: named as other commands name a model, or in a file."""
+    name, tag = str(options.old), options.old_pretrained
+    if tag is not None:
+        if options.old.is_file() and options.old.suffix != ".json":
+            raise ConfigError(
+                f"OLD {name} has weights of its own: --old-pretrained {tag} is for a model's name. "
+                "Fix: leave it out"
+            )
+        loaded = load_fast_goal(name, tag)
+        noted = noted_architecture(loaded.model, name, tag)
+        notes = {"model": name, "pretrained": tag, "architecture": noted}
+        return Trained(loaded.name, _as_open_clip(dict(loaded.model.state_dict())), notes)
+    tags = [] if options.old.exists() else open_clip.list_pretrained_tags_by_model(name)
+    if tags:
+        raise ConfigError(
+            f"OLD: {name} is the name of a model, and does not say which weights. Fix: "
+            f"--old-pretrained TAG, one of {', '.join(tags)}"
+        )
+    return _read(options.old, "OLD")
 
 
 def _read(path: Path, argument: str) -> Trained:

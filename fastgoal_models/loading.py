@@ -16,6 +16,7 @@ from .caft.model import Caft
 from .errors import ConfigError
 from .fast_goal import FastGoalModel, text_positions_in
 from .options import create_model
+from .preprocessing import unlike_clip
 from .trained import Trained, is_trained, load_trained, notes_on
 
 CAFT_NAMES = ("caft-b", "caft-s", "caft-xs")
@@ -69,6 +70,14 @@ def architecture(model: str, pretrained: str | None) -> dict[str, Any]:
     if known.get("quick_gelu"):
         config["quick_gelu"] = True  # as the tag's weights want it
     return config
+
+
+def noted_architecture(model: FastGoalModel, name: str, pretrained: str | None) -> dict[str, Any]:
+    """What is noted of a model that two words name: `architecture`, and how it wants its pictures,
+    where that is not as CLIP's.
+    """
+    unlike = unlike_clip(model.preprocess)
+    return architecture(name, pretrained) | ({"preprocess_cfg": unlike} if unlike else {})
 
 
 def load_fast_goal(

@@ -63,9 +63,14 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def records_digest(records: Sequence[GlitRecord]) -> str:
-    """Sixteen hex digits that change when a caption, an image's name or a pair does."""
+    """Sixteen hex digits that change when an id, an image's name or size, a caption or a pair does.
+
+    Not when the data set is moved to another folder.
+    """
     digest = hashlib.sha256()
     for record in records:
         pairs = [(pair.sentence, pair.box) for pair in record.pairs]
-        digest.update(repr((record.id, record.caption, record.sentences, pairs)).encode())
+        image = (record.image.name, record.width, record.height)
+        texts = (record.caption, record.captions, record.sentences)
+        digest.update(repr((record.id, image, texts, pairs)).encode())
     return digest.hexdigest()[:16]

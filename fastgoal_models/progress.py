@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from .training import StepRecord
 
+_SECONDS_A_LINE = 60.0  # where there is no terminal
+
 
 def counting(console: Console, what: str) -> Progress:
-    """A bar for things that are counted, with the time that is left; only on a terminal."""
+    """A bar for things that are counted, with the time that is left.
+
+    Outside of a terminal, in the file of a job, a plain line a minute instead; none before the
+    first minute is over.
+    """
+    if not console.is_terminal:
+        return _Lines(console, what)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -21,15 +38,58 @@ def counting(console: Console, what: str) -> Progress:
         TimeRemainingColumn(compact=True),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
     )
+
+
+class _Lines(Progress):
+    """What a bar shows, as a line that is printed at most once a minute."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        super().__init__(console=console, disable=True)
+        self.what = what
+        self.due = self.get_time() + _SECONDS_A_LINE
+        self.since: dict[TaskID, tuple[float, float]] = {}  # when the pace began, and at how many
+
+    def add_task(self, *arguments: Any, **options: Any) -> TaskID:
+        task = super().add_task(*arguments, **options)
+        self._begin(task)
+        return task
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        task = self._tasks[task_id]
+        begins = task.total is None and changes.get("total") is not None
+        super().update(task_id, **changes)
+        if begins:  # what an earlier run did is no part of the pace
+            self._begin(task_id)
+        self._say(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._say(task_id)
+
+    def _begin(self, task_id: TaskID) -> None:
+        self.since[task_id] = (self.get_time(), self._tasks[task_id].completed)
+
+    def _say(self, task_id: TaskID) -> None:
+        with self._lock:  # pictures are counted in threads
+            now, task = self.get_time(), self._tasks[task_id]
+            if now < self.due or task.finished:
+                return
+            self.due = now + _SECONDS_A_LINE
+        began, first = self.since[task_id]
+        rate = (task.completed - first) / max(now - began, 1e-9)
+        said = f"{task.description}: {task.completed:.0f}"
+        said += "" if task.total is None else f"/{task.total:.0f}"
+        said += f" {self.what}, {rate:.3g} {self.what}/s"
+        if task.total is not None and rate > 0:
+            said += f", {timedelta(seconds=round((task.total - task.completed) / rate))} left"
+        self.console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 class StepPrinter:
     """Give it to `train` as `on_step`, inside a `with`: one line every `every` steps, and a bar.
 
-    The bar needs a terminal; the lines also go to a file or a pipe. Steps per second are those
-    since the line before.
+    The lines also go to a file or a pipe. Steps per second are those since the line before.
     """
 
     def __init__(self, console: Console, every: int = 10) -> None:

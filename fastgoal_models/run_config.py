@@ -126,6 +126,17 @@ class Method(Generic[Options, Config]):
         return values
 
 
+def check_data(data: Path, root: Path | None) -> None:
+    """Raises ConfigError where --data is no file, nor shards, or they do not go with --root."""
+    if data.suffix != ".tar":
+        need_file(data, "--data")
+    elif root is not None:
+        raise ConfigError(
+            f"--root {root} is the folder of a JSONL file's images; shards hold theirs. Fix: leave "
+            "it out"
+        )
+
+
 def fit_batch(options: Any, config: Config, records: int, console: Console) -> tuple[Any, Config]:
     """Both with a batch that so many records fill: where nobody named its size, a smaller one.
 

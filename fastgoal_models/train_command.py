@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,20 +12,23 @@ from rich.console import Console
 from rich.markup import escape
 
 from .devices import parse_device
-from .errors import ConfigError, need_file
+from .errors import ConfigError
 from .fast_goal import FastGoalModel
 from .fast_goal_training import RECIPES, FastGoalTrainConfig
 from .flism import match_pairs
 from .frozen import lock_towers
 from .glit import FastGoalDataset, GlitRecord, SkipReport, read_glit
 from .glit_shards import ShardRecord, load_from_shard, read_glit_shards
-from .loading import LoadedFastGoal, architecture, load_fast_goal
+from .json_output import write_json
+from .loading import LoadedFastGoal, load_fast_goal, noted_architecture
 from .lora import LoraAdapters, check_lora
 from .options import records_digest, tensors_digest
-from .preprocessing import unlike_clip
-from .run_config import Method, fit_batch
+from .picture_check import PictureCheck, lines_in
+from .random_weights import warn_of_random_weights
+from .run_config import Method, check_data, fit_batch
 from .trackers import trackers, watched
 from .train_evaluation import check_evaluation, retrieval_evaluation
+from .train_json import run_document
 from .training import TrainingError, TrainResult, precision_name, train
 
 _CONTEXT_LENGTH = 248  # of a model that is not a run's
@@ -59,14 +63,22 @@ METHOD = Method("fast-goal", TrainOptions, FastGoalTrainConfig, RECIPES)
 
 
 def run_training(
-    options: TrainOptions, config: FastGoalTrainConfig, console: Console, *, resume: bool = False
+    options: TrainOptions,
+    config: FastGoalTrainConfig,
+    console: Console,
+    *,
+    resume: bool = False,
+    json_path: Path | None = None,
+    command: str = "",
 ) -> TrainResult:
     """Read, match where pairs are missing, train. Raises what a user can mend (see `cli`)."""
+    began = time.perf_counter()
     # First: a mistyped option should not wait for the data.
     device = parse_device(options.device)
     _check_what_trains(options)
     check_evaluation(options.eval_data, options.eval_root, config)
     noted = asdict(options) | asdict(config)
+    check_data(options.data, options.root)
     others = trackers(
         config.out,
         noted,
@@ -74,7 +86,9 @@ def run_training(
         wandb=options.wandb,
         resume=resume,
     )
-    records, skipped = _read(options)
+    check = PictureCheck.of_run(config.out, options.data, options.root, resume)
+    with check.watch(console):
+        records, skipped = _read(options, check)
     console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
     if not records:
         raise TrainingError(f"--data: {options.data} has no usable record")
@@ -94,12 +108,19 @@ def run_training(
     options, config = fit_batch(options, config, len(dataset), console)
     noted |= asdict(options) | asdict(config)
     console.print(
-        f"{len(records)} records, {escape(loaded.name)}"
-        f"{' with random weights' if loaded.random else ''}, {device}, "
-        f"{precision_name(config, device)}"
+        f"{len(records)} records, {escape(loaded.name)}, {device}, {precision_name(config, device)}"
     )
+    if loaded.random:
+        warn_of_random_weights(
+            console, "this trains from nothing. --pretrained TAG starts from what is known"
+        )
     adapters = _choose_what_trains(model, options, config, console)
     identity |= {"data": records_digest(records), **_unusual(options)}
+
+    def start() -> None:
+        METHOD.save(options, config)
+        check.save()
+
     with watched(console, others) as tell:
         result = train(
             model,
@@ -110,24 +131,23 @@ def run_training(
             identity=identity,
             adapters=adapters,
             evaluation=evaluation,
-            on_start=lambda: METHOD.save(options, config),
+            on_start=start,
             on_step=tell,
             on_eval=tell,
         )
     console.print(f"{result.step} of {result.total_steps} steps done: {result.checkpoint}")
+    seconds = time.perf_counter() - began
+    document = run_document(METHOD.name, config.out, result, seconds, command)
+    write_json(document, json_path, console)
     return result
 
 
-def _read(options: TrainOptions) -> tuple[list[GlitRecord], SkipReport]:
-    if options.data.suffix != ".tar":
-        need_file(options.data, "--data")
-        return read_glit(options.data, root=options.root, strict=options.strict)
-    if options.root is not None:
-        raise ConfigError(
-            "--root is the folder of a JSONL file's images; shards hold theirs. Fix: leave it out"
-        )
-    samples, skipped = read_glit_shards(options.data, options.strict)
-    return list[GlitRecord](samples), skipped
+def _read(options: TrainOptions, check: PictureCheck) -> tuple[list[GlitRecord], SkipReport]:
+    if options.data.suffix == ".tar":
+        samples, skipped = read_glit_shards(options.data, options.strict, check)
+        return list[GlitRecord](samples), skipped
+    check.expect(lines_in(options.data))
+    return read_glit(options.data, options.root, options.strict, judge=check.judge)
 
 
 def _load(options: TrainOptions, seed: int) -> LoadedFastGoal:
@@ -152,7 +172,7 @@ def _identity(loaded: LoadedFastGoal, options: TrainOptions) -> dict[str, Any]:
         return {
             "model": options.model,
             "pretrained": options.pretrained,
-            "architecture": _architecture(loaded.model, options),
+            "architecture": noted_architecture(loaded.model, options.model, options.pretrained),
             **context,
         }
     # The run may have gone on since, or its folder been moved: what counts is what was in it.
@@ -163,13 +183,6 @@ def _identity(loaded: LoadedFastGoal, options: TrainOptions) -> dict[str, Any]:
         "initial_weights": tensors_digest(loaded.model.state_dict()),
         **context,
     }
-
-
-def _architecture(model: FastGoalModel, options: TrainOptions) -> dict[str, Any]:
-    """The model's configuration, and how it wants its pictures, where that is not as CLIP's."""
-    config = architecture(options.model, options.pretrained)
-    unlike = unlike_clip(model.preprocess)
-    return config | ({"preprocess_cfg": unlike} if unlike else {})
 
 
 def _match_where_missing(
@@ -186,7 +199,7 @@ def _match_where_missing(
         )
     console.print(f"{len(unmatched)} records have no local pairs: matching regions and sentences")
     if not has_weights:
-        console.print("[yellow]The weights are random, so which pairs they match is arbitrary.[/]")
+        warn_of_random_weights(console, "which pairs they match is arbitrary")
     matched = {record.id: record for record in match_pairs(model, unmatched)}
     return [matched.get(record.id, record) for record in records]
 

@@ -13,6 +13,7 @@ from .evaluation import Evaluated, caption_set, evaluate_set
 from .fast_goal import FastGoalModel
 from .glit import read_glit
 from .options import records_digest
+from .picture_check import PictureCheck, lines_in
 from .training import Evaluation, TrainConfig
 
 
@@ -46,7 +47,10 @@ def retrieval_evaluation(
     Raises ConfigError for a file without a usable record, GlitError for a record that is not usable
     under `strict`, OSError.
     """
-    records, skipped = read_glit(data, root=root, strict=strict)
+    check = PictureCheck()
+    with check.watch(console):
+        check.expect(lines_in(data))
+        records, skipped = read_glit(data, root, strict, judge=check.judge)
     console.print(escape(f"--eval-data: {skipped}"), highlight=False, soft_wrap=True)
     if not records:
         raise ConfigError(f"--eval-data: {data} has no usable record")

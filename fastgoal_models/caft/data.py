@@ -11,8 +11,10 @@ What can not be used is counted and named in a `SkipReport`; it never stops a ru
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -33,7 +35,10 @@ from ..glit import (
     inside,
     json_lines,
     load_image,
+    row_id,
 )
+from ..picture_check import PictureCheck
+from ..shard_names import shard_paths
 from .captions import Merge, merge, merge_published, split_published, training_captions
 
 CAPTION_KEYS = (
@@ -132,35 +137,60 @@ class CaftRecord(NamedTuple):
 
 
 def read_caft(
-    jsonl: str | Path, root: str | Path | None = None, splitting: Splitting | None = None
+    jsonl: str | Path,
+    root: str | Path | None = None,
+    splitting: Splitting | None = None,
+    check: PictureCheck | None = None,
 ) -> tuple[list[CaftRecord], SkipReport]:
     """Read a JSONL file: its usable samples, in order, and what was skipped.
 
     Left out are lines that are not UTF-8 or not a JSON object with an image, samples without a
-    caption, and images that leave the data folder (`root`; default the file's own), are missing,
-    empty, broken or have too many pixels.
+    caption, those whose id (default: the image as it is written there) was seen before, and images
+    that leave the data folder (`root`; default the file's own), are missing, empty, broken or have
+    too many pixels. `check` says whether pictures are decoded; default: every one.
     """
     jsonl = Path(jsonl)
-    splitting = splitting or Splitting()
+    splitting, check = splitting or Splitting(), check or PictureCheck()
     folder = (jsonl.parent if root is None else Path(root)).resolve()
-    report, records = SkipReport(), []
-    with jsonl.open("rb") as file:
-        for number, line in json_lines(file):
-            try:
-                row = json_object(line, f"line {number}")
-                if not isinstance(row.get("image"), str):
-                    raise Unusable("line is not an object with an image", f"line {number}")
-                path = inside(folder, row["image"], f"line {number} ({row['image']})")
-                captions = captions_of(row, splitting)
-                load_image(path)
-            except Unusable as unusable:
-                report.add(unusable.reason, unusable.name)
-            except GlitError as error:
-                report.add("image can not be used", str(error))
+    report, records = SkipReport(), {}
+
+    def judged(numbered: tuple[int, bytes]) -> tuple[str, CaftRecord] | Unusable:
+        def read(decode: bool) -> tuple[str, CaftRecord]:
+            return _record(*numbered, folder, splitting, decode)
+
+        return check.judge(str(numbered[0]), read)
+
+    # Decoding is most of the work and leaves the interpreter's lock; order is kept.
+    with jsonl.open("rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for found in pool.map(judged, json_lines(file)):
+            if not isinstance(found, Unusable) and found[0] in records:
+                found = Unusable("id appears twice", found[0])
+            if isinstance(found, Unusable):
+                report.add(found.reason, found.name)
             else:
-                records.append(CaftRecord(path, captions))
+                records[found[0]] = found[1]
     report.read = len(records)
-    return records, report
+    return list(records.values()), report
+
+
+def _record(
+    number: int, line: bytes, folder: Path, splitting: Splitting, decode: bool
+) -> tuple[str, CaftRecord]:
+    """The id and the sample of one line. Raises Unusable."""
+    name = f"line {number}"
+    row = json_object(line, name)
+    if not isinstance(row.get("image"), str):
+        raise Unusable("line is not an object with an image", name)
+    path = inside(folder, row["image"], f"{name} ({row['image']})")
+    captions = captions_of(row, splitting)
+    if decode:
+        try:
+            load_image(path)
+        except GlitError as error:
+            raise Unusable("image can not be used", str(error)) from error
+    elif not path.is_file():
+        raise Unusable("image is missing", f"{name} ({row['image']})")
+    return row_id(row, row["image"]), CaftRecord(path, captions)
 
 
 def json_object(line: bytes, name: str) -> dict[str, Any]:
@@ -230,11 +260,11 @@ def shard_samples(
     captions depend on the seed, the epoch and its key. There is no resume within an epoch.
 
     Args:
-        shards: a webdataset pattern ("part-{000..099}.tar") or paths.
+        shards: "part-*.tar", "part-{000..099}.tar" or several of those, or paths.
         report: counts what was left out, and names it.
 
     Raises:
-        UserError: webdataset is not installed, or a pattern names no file.
+        UserError: webdataset is not installed, or a shard is missing.
     """
     try:
         import webdataset
@@ -246,10 +276,9 @@ def shard_samples(
         report.add("shard is broken", f"{type(error).__name__}: {error}")
         return True
 
-    urls = webdataset.SimpleShardList(shards).urls
-    for url in urls:
-        if not Path(url).is_file():  # only files: a "pipe:" would run what the list says
-            raise UserError(f"there is no shard {url}")
+    # Files that are here, and nothing else: webdataset would run what follows a "pipe:".
+    patterns = [shards] if isinstance(shards, str) else shards
+    urls = [str(path) for pattern in patterns for path in shard_paths(pattern, "shards")]
     random.Random(f"{seed}/{epoch}").shuffle(urls)
     pipeline = webdataset.DataPipeline(
         webdataset.SimpleShardList(urls),

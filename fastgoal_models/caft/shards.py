@@ -7,7 +7,6 @@ one, and training resumes in the middle of an epoch, as with a folder.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import tarfile
@@ -21,8 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
-from ..glit import SkipReport, Unusable, decode_image
+from ..glit import SkipReport, Unusable, decode_image, row_id
+from ..picture_check import PictureCheck
+from ..shard_names import shard_paths
 from .data import IMAGE_ENDINGS, Sentences, Splitting, captions_of, json_object
 
 
@@ -81,60 +81,91 @@ class ShardSamples:
 
 
 def read_shards(
-    pattern: str | Path, splitting: Splitting | None = None
+    pattern: str | Path, splitting: Splitting | None = None, check: PictureCheck | None = None
 ) -> tuple[ShardSamples, SkipReport]:
     """Read shards with DreamLIP's keys: their usable samples, in order, and what was skipped.
 
     A sample is the files in a row that share their name up to its first dot: an image, and a JSON
-    object with captions. Every image is decoded once, which finds those that are broken.
+    object with captions. Of samples whose objects have the same `id` the first stays.
 
     Args:
-        pattern: plain tar files, "shards/part-*.tar", read in the order of their names.
+        pattern: plain tar files, "shards/part-*.tar" or "shards/part-{000..099}.tar", read in the
+            order of their names.
+        check: whether pictures are decoded; default: every one, once.
 
-    Raises UserError where nothing matches the pattern.
+    Raises ConfigError where a shard is missing.
     """
-    splitting = splitting or Splitting()
-    shards = [Path(name) for name in sorted(glob.glob(str(pattern)))]
-    if not shards:
-        raise UserError(f"there is no shard {pattern}")
+    splitting, check = splitting or Splitting(), check or PictureCheck()
+    shards = shard_paths(pattern)
     report, digest = SkipReport(), hashlib.sha256()
     places: list[tuple[int, ...]] = []
+    seen: set[bytes] = set()
+
+    def judged(shard: Path, found: tuple[str, dict[str, Piece]]) -> _Checked | Unusable:
+        return check.judge(f"{shard.name}/{found[0]}", partial(_checked, shard, splitting, *found))
 
     # Decoding is most of the work and leaves the interpreter's lock; order is kept.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for number, shard in enumerate(shards):
-            check = partial(_checked, shard, splitting)
-            for found in pool.map(check, list(samples_in(shard, report))):
+        for number, (shard, samples) in enumerate(listed(shards, report, check)):
+            for found in pool.map(partial(judged, shard), samples):
+                if not isinstance(found, Unusable) and found.id is not None:
+                    name = hashlib.blake2b(found.id.encode(), digest_size=8).digest()
+                    if name in seen:
+                        found = Unusable("id appears twice", found.id)
+                    seen.add(name)
                 if isinstance(found, Unusable):
                     report.add(found.reason, found.name)
                 else:
-                    sample, contents = found
-                    digest.update(contents)
-                    places.append((number, *sample.image, *sample.text))
+                    digest.update(found.contents)
+                    places.append((number, *found.image, *found.text))
     report.read = len(places)
     table = torch.tensor(places, dtype=torch.int64).reshape(-1, 5)
     return ShardSamples(shards, table, splitting, digest.hexdigest()[:16]), report
 
 
+class _Checked(NamedTuple):
+    """A sample that can be used."""
+
+    image: Piece
+    text: Piece
+    contents: bytes
+    """what the digest is made of"""
+    id: str | None
+    """its object's own; most have none, and are told apart by their place"""
+
+
 def _checked(
-    shard: Path, splitting: Splitting, found: tuple[str, dict[str, Piece]]
-) -> tuple[ShardSample, bytes] | Unusable:
-    """The sample, and what its digest is made of; or why it can not be used."""
-    key, pieces = found
+    shard: Path, splitting: Splitting, key: str, pieces: dict[str, Piece], decode: bool
+) -> _Checked:
+    """Raises Unusable."""
     name = f"{shard.name}/{key}"
     image = next((pieces[end] for end in IMAGE_ENDINGS if end in pieces), None)
     if image is None:
-        return Unusable("sample has no image", name)
+        raise Unusable("sample has no image", name)
     if "json" not in pieces:
-        return Unusable("sample has no caption", name)
-    sample = ShardSample(shard, image, pieces["json"], splitting)
-    text = sample.text.read(shard)
+        raise Unusable("sample has no caption", name)
+    text = pieces["json"].read(shard)
+    row = json_object(text, name)
     try:
-        captions_of(json_object(text, name), splitting)
-        decode_image(image.read(shard), name)
+        captions_of(row, splitting)
     except Unusable as unusable:
-        return Unusable(unusable.reason, unusable.name or name)
-    return sample, name.encode() + b"\0" + hashlib.sha256(text).digest()
+        raise Unusable(unusable.reason, unusable.name or name) from unusable
+    if decode:
+        decode_image(image.read(shard), name)
+    contents = name.encode() + b"\0" + hashlib.sha256(text).digest()
+    return _Checked(image, pieces["json"], contents, row_id(row, "") or None)
+
+
+def listed(
+    shards: Sequence[Path], report: SkipReport, check: PictureCheck
+) -> Iterator[tuple[Path, list[tuple[str, dict[str, Piece]]]]]:
+    """Each shard with its samples (`samples_in`); the check is told how many to expect of all."""
+    so_far = 0
+    for number, shard in enumerate(shards, start=1):
+        samples = list(samples_in(shard, report))
+        so_far += len(samples)
+        check.expect(so_far * len(shards) // number)
+        yield shard, samples
 
 
 def _ends_at(shard: Path, offset: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..devices import parse_device
-from ..errors import ConfigError, need_file
+from ..errors import need_file
 from ..glit import SkipReport
-from ..run_config import Method, fit_batch
+from ..json_output import write_json
+from ..picture_check import PictureCheck, lines_in
+from ..run_config import Method, check_data, fit_batch
 from ..trackers import trackers, watched
 from ..train_evaluation import check_evaluation, retrieval_evaluation
+from ..train_json import run_document
 from ..trained import is_trained, load_trained
 from ..training import TrainingError, TrainResult, precision_name, train
 from .config import CaftConfig
@@ -48,24 +52,39 @@ class CaftTrainOptions:
     wandb: bool = False
 
 
-METHOD = Method("caft", CaftTrainOptions, CaftTrainConfig, {"default": {}, **RECIPES})
+METHOD = Method(
+    "caft",
+    CaftTrainOptions,
+    CaftTrainConfig,
+    {"default": {}} | {name: {"model": "caft-b", **recipe} for name, recipe in RECIPES.items()},
+)
 
 
 def run_caft_training(
-    options: CaftTrainOptions, config: CaftTrainConfig, console: Console, *, resume: bool = False
+    options: CaftTrainOptions,
+    config: CaftTrainConfig,
+    console: Console,
+    *,
+    resume: bool = False,
+    json_path: Path | None = None,
+    command: str = "",
 ) -> TrainResult:
     """Read, build, train. Raises what a user can mend (see `cli`)."""
+    began = time.perf_counter()
     # First: a mistyped option should not wait for the data.
     device = parse_device(options.device)
     check_evaluation(options.eval_data, options.eval_root, config)
     if options.checkpoint is not None and not is_trained(options.checkpoint):
         need_file(options.checkpoint, "--checkpoint")
+    check_data(options.data, options.root)
     noted = asdict(options) | asdict(config)
     others = trackers(
         config.out, noted, tensorboard=options.tensorboard, wandb=options.wandb, resume=resume
     )
     splitting = Splitting.published() if options.published else Splitting()
-    records, skipped, digest = _read(options, splitting)
+    check = PictureCheck.of_run(config.out, options.data, options.root, resume)
+    with check.watch(console):
+        records, skipped, digest = _read(options, splitting, check)
     console.print(escape(str(skipped)), highlight=False, soft_wrap=True)
     if not records:
         raise TrainingError(f"--data: {options.data} has no usable sample")
@@ -100,6 +119,11 @@ def run_caft_training(
         "published": options.published,
         "data": digest,
     }
+
+    def start() -> None:
+        METHOD.save(options, config)
+        check.save()
+
     with watched(console, others) as tell:
         result = train(
             model,
@@ -109,23 +133,26 @@ def run_caft_training(
             resume=resume,
             identity=identity,
             evaluation=evaluation,
-            on_start=lambda: METHOD.save(options, config),
+            on_start=start,
             on_step=tell,
             on_eval=tell,
         )
     console.print(f"{result.step} of {result.total_steps} steps done: {result.checkpoint}")
+    seconds = time.perf_counter() - began
+    document = run_document(METHOD.name, config.out, result, seconds, command)
+    write_json(document, json_path, console)
     return result
 
 
-def _read(options: CaftTrainOptions, splitting: Splitting) -> tuple[CaftSamples, SkipReport, str]:
+def _read(
+    options: CaftTrainOptions, splitting: Splitting, check: PictureCheck
+) -> tuple[CaftSamples, SkipReport, str]:
     """Usable samples, what was skipped, and sixteen hex digits that change with the samples."""
     if options.data.suffix == ".tar":
-        if options.root is not None:
-            raise ConfigError("--root is the folder of a JSONL file's images; shards hold theirs")
-        samples, skipped = read_shards(options.data, splitting)
+        samples, skipped = read_shards(options.data, splitting, check)
         return samples, skipped, samples.digest
-    need_file(options.data, "--data")
-    records, skipped = read_caft(options.data, options.root, splitting)
+    check.expect(lines_in(options.data))
+    records, skipped = read_caft(options.data, options.root, splitting, check)
     return records, skipped, _digest(records)
 
 

@@ -34,11 +34,12 @@ _PUBLISHED: dict[str, Any] = {
     "negatives": "sample",
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    "3m": _PUBLISHED,
-    "12m": {**_PUBLISHED, "clip_norm": 1.0},
-    "15m": {**_PUBLISHED, "learning_rate": 1.67e-4, "eps": 1e-6, "clip_norm": 1.0},
-    "30m": {**_PUBLISHED, "weight_decay": 0.2, "eps": 1e-6},
+    "caft-b-3m": _PUBLISHED,
+    "caft-b-12m": {**_PUBLISHED, "clip_norm": 1.0},
+    "caft-b-15m": {**_PUBLISHED, "learning_rate": 1.67e-4, "eps": 1e-6, "clip_norm": 1.0},
+    "caft-b-30m": {**_PUBLISHED, "weight_decay": 0.2, "eps": 1e-6},
 }
+"""fields of CaftTrainConfig by the name of the model and of its data, in images"""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class CaftTrainConfig(TrainConfig):
             raise ConfigError(f"terms must be some of {TERMS}; got {self.terms}")
 
     @classmethod
-    def published(cls, out: Path, recipe: str = "3m", **changes: Any) -> CaftTrainConfig:
-        """A published recipe (arXiv 2602.02977): "3m", "12m", "15m" or "30m" images.
+    def published(cls, out: Path, recipe: str = "caft-b-3m", **changes: Any) -> CaftTrainConfig:
+        """A published recipe (arXiv 2602.02977) by its name in RECIPES: 3 to 30 million images.
 
         `changes` override fields. The batch is that of all eight GPUs; which parameters weight
         decay leaves out was not published, and is here what open_clip leaves out: gains, biases and

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .exits import user_errors
+from ..json_output import console_beside
+from .exits import command_line, user_errors
 from .shared_options import (
     ContextOption,
     DeviceOption,
     ForceOption,
     ImagesAtOnceOption,
+    JsonOption,
     ModelOption,
     PretrainedOption,
 )
@@ -28,10 +29,12 @@ def embed(
     batch_size: ImagesAtOnceOption = 64,
     device: DeviceOption = None,
     force: ForceOption = False,
+    json_path: JsonOption = None,
 ) -> None:
     """Embed a folder of images once, so that `fastgoal search` need not."""
     with user_errors():
         from ..search_command import ModelOptions, run_embed
 
         options = ModelOptions(model, pretrained, context_length, batch_size, device)
-        run_embed(images, out, options, force, Console())
+        console = console_beside(json_path)
+        run_embed(images, out, options, force, json_path, command_line(), console)

@@ -14,13 +14,25 @@ from .shared_options import ForceOption
 
 def interpolate(
     old: Annotated[
+        Path,
+        typer.Argument(
+            help="Weights file, the folder of a run or of a checkpoint, or, with --old-pretrained, "
+            "an open_clip model name."
+        ),
+    ],
+    new: Annotated[
         Path, typer.Argument(help="Weights file, or the folder of a run or of a checkpoint.")
     ],
-    new: Annotated[Path, typer.Argument(help="The same, after further training.")],
     out: Annotated[Path, typer.Argument(help="A .safetensors file.")],
     alpha: Annotated[
         float, typer.Option(min=0, max=1, help="Share of NEW: 0 is OLD, 1 is NEW.")
     ] = 0.5,
+    old_pretrained: Annotated[
+        str | None,
+        typer.Option(
+            help="An open_clip tag of OLD, e.g. openai, or its weights file, where OLD is a name."
+        ),
+    ] = None,
     force: ForceOption = False,
 ) -> None:
     """Mix the weights of a model before and after fine-tuning (WiSE-FT), to keep some of both.
@@ -30,4 +42,5 @@ def interpolate(
     with user_errors():
         from ..interpolate import InterpolateOptions, run_interpolate
 
-        run_interpolate(InterpolateOptions(old, new, out, alpha, force), Console())
+        options = InterpolateOptions(old, new, out, alpha, old_pretrained, force)
+        run_interpolate(options, Console())

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .exits import user_errors
+from ..json_output import console_beside
+from .exits import command_line, user_errors
 from .shared_options import (
     DeviceOption,
+    JsonOption,
     ModelOption,
     Precision,
     PrecisionOption,
@@ -38,6 +39,12 @@ def prepare(
     most_boxes: Annotated[
         int, typer.Option(min=1, help="Boxes of the detector that are kept, the surest.")
     ] = 32,
+    least_score: Annotated[
+        float | None,
+        typer.Option(
+            help="Score that a detector's box must have. Default: 0.5; of a .jsonl file, all."
+        ),
+    ] = None,
     least_area: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the picture a detector's box must have.")
     ] = 0.0,
@@ -58,12 +65,12 @@ def prepare(
     batch_size: Annotated[int, typer.Option(min=1, help="Crops encoded at once.")] = 64,
     device: DeviceOption = None,
     precision: PrecisionOption = Precision.auto,
+    json_path: JsonOption = None,
 ) -> None:
     """Find local pairs: which sentence of a caption tells of which part of its picture.
 
     Stop it whenever you like: the same command goes on where it was.
     """
-    console = Console()
     with user_errors():
         from ..flism import RegionRules
         from ..prepare_command import PrepareOptions, run_prepare
@@ -76,6 +83,7 @@ def prepare(
                 model=model,
                 pretrained=pretrained,
                 detector=detector,
+                least_score=least_score,
                 rules=RegionRules(not detector_only, most_boxes, least_area),
                 keep_pairs=keep_pairs,
                 published=published,
@@ -84,5 +92,7 @@ def prepare(
                 device=device,
                 bfloat16=None if precision is Precision.auto else precision is Precision.bf16,
             ),
-            console,
+            json_path,
+            command_line(),
+            console_beside(json_path),
         )

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .exits import say_how_to_resume, user_errors
-from .shared_options import DeviceOption, ResumeOption, RootOption, SeedOption, SuperpixelMaker
+from ..json_output import console_beside
+from .exits import command_line, say_how_to_resume, user_errors
+from .shared_options import (
+    DeviceOption,
+    JsonOption,
+    ResumeOption,
+    RootOption,
+    SeedOption,
+    SuperpixelMaker,
+)
 from .train_options import (
     BatchSizeOption,
     ConfigOption,
@@ -34,10 +41,10 @@ from .train_options import (
 
 class CaftPreset(str, Enum):
     default = "default"
-    m3 = "3m"
-    m12 = "12m"
-    m15 = "15m"
-    m30 = "30m"
+    caft_b_3m = "caft-b-3m"
+    caft_b_12m = "caft-b-12m"
+    caft_b_15m = "caft-b-15m"
+    caft_b_30m = "caft-b-30m"
 
 
 class Negatives(str, Enum):
@@ -51,7 +58,8 @@ def train_caft(
         Path | None,
         typer.Option(
             help="One JSON object a line: image, and caption or DreamLIP's caption keys. Or "
-            "webdataset shards with those keys: 'part-*.tar', in quotes. Needed.",
+            "webdataset shards with those keys: 'part-*.tar' or 'part-{000..099}.tar', in quotes. "
+            "Needed.",
             show_default=False,
         ),
     ] = None,
@@ -73,7 +81,10 @@ def train_caft(
     ] = None,
     preset: Annotated[
         CaftPreset,
-        typer.Option(help="3m ... 30m: the published recipes, whose batch is 2,048 images."),
+        typer.Option(
+            help="caft-b-3m ... caft-b-30m: the published recipes, of CAFT-B, whose batch is 2,048 "
+            "images."
+        ),
     ] = CaftPreset.default,
     published: Annotated[
         bool,
@@ -107,13 +118,20 @@ def train_caft(
     ] = None,
     tensorboard: TensorBoardOption = False,
     wandb: WandbOption = False,
+    json_path: JsonOption = None,
 ) -> None:
     """Train a CAFT on your own images with long and short captions."""
     given = typed(ctx, locals())
-    console = Console()
+    console = console_beside(json_path)
     with user_errors():
         from ..caft.train_command import METHOD, run_caft_training
 
-        result = run_caft_training(*METHOD.resolve(given, config), console, resume=resume)
+        result = run_caft_training(
+            *METHOD.resolve(given, config),
+            console,
+            resume=resume,
+            json_path=json_path,
+            command=command_line(),
+        )
     if result.interrupted:
         say_how_to_resume(console)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .exits import say_how_to_resume, user_errors
+from ..json_output import console_beside
+from .exits import command_line, say_how_to_resume, user_errors
 from .shared_options import (
     DeviceOption,
+    JsonOption,
     ModelOption,
     PretrainedOption,
     ResumeOption,
@@ -64,7 +65,8 @@ def train_fast_goal(
         Path | None,
         typer.Option(
             help="Annotations in the GLIT format, one JSON a line; or webdataset shards, "
-            "'part-*.tar', with such an object and an image a sample. Needed.",
+            "'part-*.tar' or 'part-{000..099}.tar', with such an object and an image a sample. "
+            "Needed.",
             show_default=False,
         ),
     ] = None,
@@ -153,13 +155,20 @@ def train_fast_goal(
     ] = TrainPrecision.auto,
     tensorboard: TensorBoardOption = False,
     wandb: WandbOption = False,
+    json_path: JsonOption = None,
 ) -> None:
     """Fine-tune an open_clip model on your own images and long captions."""
     given = typed(ctx, locals())
-    console = Console()
+    console = console_beside(json_path)
     with user_errors():
         from ..train_command import METHOD, run_training
 
-        result = run_training(*METHOD.resolve(given, config), console, resume=resume)
+        result = run_training(
+            *METHOD.resolve(given, config),
+            console,
+            resume=resume,
+            json_path=json_path,
+            command=command_line(),
+        )
     if result.interrupted:
         say_how_to_resume(console)

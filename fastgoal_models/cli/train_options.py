@@ -103,7 +103,7 @@ def typed(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value.value if isinstance(value, Enum) else value
         for name, value in values.items()
-        if name not in ("ctx", "config", "resume") and _was_typed(ctx, name)
+        if name not in ("ctx", "config", "resume", "json_path") and _was_typed(ctx, name)
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgoal_kernels import cached_backward
 
-from ..checkpoints import checkpoint_path, latest_checkpoint, sweep
+from ..checkpoints import checkpoint_path, latest_checkpoint, prune_checkpoints, sweep
 from ..devices import default_device
 from ..errors import ConfigError
 from .batches import Records, loader
@@ -96,11 +96,13 @@ def train(
     state = TrainState(model, config, adapters, device)
     if resume is not False:
         state.restore(find_checkpoint(folder, resume, run))
-        sweep(folder)  # a run that was killed after its last save saves nothing more
     elif latest_checkpoint(folder) is not None:
         raise TrainingError(f"{folder} already holds checkpoints: resume, or choose another folder")
     forget_after(config.out, state.done)
     judge = None if evaluation is None else Judge(evaluation, config)
+    if state.done == total:  # a run that was killed after its last save saves nothing more
+        sweep(folder)
+        _prune(folder, config, judge)
     if on_start is not None:
         on_start()
 
@@ -143,15 +145,20 @@ def train(
             stop = interrupted.is_set()
             if stop or is_best or step == total or _due(step, config.save_every):
                 os.fsync(log.fileno())
-                best = None if judge is None else judge.best
-                spare = checkpoint_path(folder, best.step) if best else best_checkpoint(config.out)
-                state.save(folder, run, keep=config.keep, spare=spare)
+                state.save(folder, run)
                 if judge is not None:
-                    judge.note_best()
+                    judge.note_best()  # first: it still names one of those that go
+                _prune(folder, config, judge)
             if stop:
                 break
     assert state.saved is not None  # at least one step was made, or the checkpoint had them all
     return TrainResult(state.done, total, state.done < total, state.saved)
+
+
+def _prune(folder: Path, config: TrainConfig, judge: Judge | None) -> None:
+    best = None if judge is None else judge.best
+    spare = checkpoint_path(folder, best.step) if best else best_checkpoint(config.out)
+    prune_checkpoints(folder, config.keep, spare)
 
 
 def _refuse_contradictions(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..atomic_files import write_text_atomically
+from ..atomic_files import TEMPORARY, write_text_atomically
 from ..checkpoints import checkpoint_path, complete_checkpoints
 
 
@@ -56,7 +56,11 @@ def best_checkpoint(out: Path) -> Path | None:
 
 
 def forget_after(out: Path, step: int) -> None:
-    """Drop what was written of later steps: those are about to be made again."""
+    """Drop what was written of later steps, which are about to be made again, and what a run that
+    was killed did not finish writing.
+    """
+    for unfinished in out.glob(f"{TEMPORARY}*"):
+        unfinished.unlink(missing_ok=True)
     _write_records(out / "log.jsonl", [r for r in read_log(out) if r.step <= step])
     if (out / "eval.jsonl").is_file():
         _write_records(out / "eval.jsonl", [r for r in read_evaluations(out) if r.step <= step])

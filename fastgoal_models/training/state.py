@@ -88,15 +88,13 @@ class TrainState:
         self.done, self.saved = checkpoint.step, checkpoint.path
         self.skipped = checkpoint.state.get("skipped_steps", 0)  # older runs did not count
 
-    def save(
-        self, folder: Path, run: Mapping[str, Any], *, keep: int | None, spare: Path | None
-    ) -> None:
+    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
         """Write a checkpoint of the steps that are done (see `save_checkpoint`)."""
         state = {name: part.state_dict() for name, part in self._parts.items()}
         state["random"] = _random_states(self.device)
         state["skipped_steps"] = self.skipped
         weights = self.model.state_dict() if self.adapters is None else self.adapters.merged()
-        self.saved = save_checkpoint(folder, self.done, weights, state, run, keep=keep, spare=spare)
+        self.saved = save_checkpoint(folder, self.done, weights, state, run)
 
 
 def run_identity(config: TrainConfig, more: Mapping[str, Any]) -> dict[str, Any]:

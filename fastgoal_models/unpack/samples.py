@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ..glit import SkipReport, Unusable
+from ..glit import SkipReport, Unusable, says_something
 
 
 class Sample(NamedTuple):
@@ -66,7 +66,7 @@ def caption_fields(values: Mapping[str, Any], keys: Sequence[str], name: str) ->
     if not all(isinstance(text, str) for text in texts):
         raise Unusable("caption is not text", name)
     # What `fastgoal prepare` would call empty is, too.
-    kept = [text for text in texts if any(c.isprintable() and not c.isspace() for c in text)]
+    kept = [text for text in texts if says_something(text)]
     if not kept:
         raise Unusable("caption is empty", name)
     return {"caption": kept[0]} | ({"captions": kept} if len(kept) > 1 else {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
@@ -15,13 +14,14 @@ from ..caft.data import IMAGE_ENDINGS, json_object
 from ..caft.shards import Piece, samples_in
 from ..errors import ConfigError
 from ..glit import SkipReport, Unusable
+from ..shard_names import shard_paths
 from .samples import Columns, Sample, caption_fields, id_text
 
 _LOOKED_AT = 64  # samples whose keys are compared with those that are asked for
 
 
 class ShardSource:
-    """Plain tar files "shards/part-*.tar", in the order of their names.
+    """Plain tar files, "shards/part-*.tar" (`shard_paths`), in the order of their names.
 
     All headers are read at once, at the start: they tell how many samples there are, and whether
     these are the shards of the run that is gone on with. A `.txt` is the sample's `caption`, unless
@@ -30,7 +30,7 @@ class ShardSource:
     Args:
         on_shard: called with (shards looked at, shards).
 
-    Raises ConfigError where no file matches the pattern, or no sample has a key that is asked for.
+    Raises ConfigError where a shard is missing, or no sample has a key that is asked for.
     """
 
     def __init__(
@@ -39,12 +39,7 @@ class ShardSource:
         columns: Columns,
         on_shard: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
-        self.shards, self.columns = [Path(name) for name in sorted(glob.glob(pattern))], columns
-        if not self.shards:
-            raise ConfigError(
-                f"SOURCE {pattern}: there is no such shard. Fix: a path, or a pattern with * in "
-                "quotes: 'shards/part-*.tar'"
-            )
+        self.shards, self.columns = shard_paths(pattern, "SOURCE"), columns
         self.report, self.counts = SkipReport(), []
         digest = hashlib.sha256()
         for number, shard in enumerate(self.shards, start=1):

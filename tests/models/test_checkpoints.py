@@ -14,6 +14,7 @@ from fastgoal_models.checkpoints import (
     complete_checkpoints,
     latest_checkpoint,
     load_checkpoint,
+    prune_checkpoints,
     save_checkpoint,
 )
 
@@ -22,8 +23,8 @@ STATE = {"optimizer": {"step": torch.tensor(3.0), "betas": (0.9, 0.98)}, "random
 CONFIG = {"seed": 1, "lr": 1e-4, "name": "é"}
 
 
-def save(folder: Path, step: int = 7, **options) -> Path:
-    return save_checkpoint(folder, step, WEIGHTS, STATE, CONFIG, **options)
+def save(folder: Path, step: int = 7) -> Path:
+    return save_checkpoint(folder, step, WEIGHTS, STATE, CONFIG)
 
 
 def test_what_was_saved_is_what_is_read(tmp_path):
@@ -59,7 +60,8 @@ def test_latest_is_by_step_and_ignores_what_is_not_whole(tmp_path):
 
 def test_keep_deletes_the_oldest(tmp_path):
     for step in (1, 2, 3):
-        save(tmp_path, step, keep=2)
+        save(tmp_path, step)
+        prune_checkpoints(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 

@@ -91,6 +91,7 @@ def test_version():
         (["prepare"], ["--detector", "--shard", "--published"]),
         (["eval"], ["--set", "--before", "--trained-on"]),
         (["search"], ["--score", "--out", "-k"]),
+        (["maps"], ["--before", "--limit", "fastgoal hierarchy"]),
         (["embed"], ["--out", "--model"]),
         (["demo"], ["--steps", "--pretrained", "--resume"]),
         (["train", "fast-goal"], ["--data", "--strict", "--preset"]),

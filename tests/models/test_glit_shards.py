@@ -111,6 +111,18 @@ def test_a_run_is_that_of_a_folder_and_resumes_exactly(folder, workers):
     assert code == 2 and "records was 5, is now 3" in said
 
 
+def test_an_id_that_is_null_is_the_samples_name(folder):
+    png, row = (
+        (folder / "red.png").read_bytes(),
+        json.dumps({"id": None, "captions": ["A square.", "It is red."]}).encode(),
+    )
+    files = {"a.json": row, "a.png": png, "b.json": row, "b.png": png}
+    write_shard(folder / "null.tar", files)
+    samples, report = read_glit_shards(folder / "null.tar")
+    assert [sample.id for sample in samples] == ["null.tar/a", "null.tar/b"]
+    assert {sample.caption for sample in samples} == {"A square."} and report.skipped == 0
+
+
 def test_what_can_not_be_used_is_counted(folder):
     png = (folder / "red.png").read_bytes()
     row = json.loads((folder / "data.jsonl").read_bytes().splitlines()[0])

@@ -3,6 +3,7 @@
 import json
 import re
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -106,6 +107,50 @@ def test_a_checkpoint_and_a_plain_file(tmp_path):
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(CLIP))
     load_model(str(config), str(out), context_length=36)
+
+
+def test_a_model_by_its_name(tmp_path, monkeypatch):
+    """As --model and --pretrained name it: a tag, here without the network, or a file."""
+    name = "tiny-clip"
+    old = make_model(1)
+    real = FastGoalModel.create
+
+    def create(model, pretrained=None, **options):
+        assert (model, pretrained) == (name, "some-tag")
+        made = real(CLIP, None, **options)
+        made.load_state_dict(old.state_dict())
+        return made
+
+    monkeypatch.setattr(FastGoalModel, "create", create)
+    monkeypatch.setattr(
+        open_clip, "get_model_config", lambda model: dict(CLIP) if model == name else None
+    )
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {})
+    monkeypatch.setattr(
+        open_clip,
+        "list_pretrained_tags_by_model",
+        lambda model: ["some-tag", "other-tag"] if model == name else [],
+    )
+    monkeypatch.setattr(open_clip, "list_models", lambda: [name])
+    with monkeypatch.context() as patched:
+        patched.setattr(FastGoalModel, "create", real)
+        new = checkpoint(tmp_path / "new", 3, seed=2, context_length=36)
+    out = tmp_path / "between.safetensors"
+    found = run(name, tmp_path / "new", out)
+    assert found.exit_code == 2 and not out.exists()
+    assert f"OLD: {name} is the name of a model" in said(found)
+    assert "Fix: --old-pretrained TAG, one of some-tag, other-tag" in said(found)
+    found = run(name, tmp_path / "new", out, "--old-pretrained", "some-tag")
+    assert found.exit_code == 0, found.output
+    assert f"0.5 · ({name}, some-tag)" in said(found) and f"--model {name}" in said(found)
+    mixed = load_file(out)["visual.proj"]
+    torch.testing.assert_close(mixed, (old.clip.visual.proj + new.clip.visual.proj).detach() / 2)
+    save_file(old.clip.state_dict(), tmp_path / "old.safetensors")
+    found = run(
+        tmp_path / "old.safetensors", tmp_path / "new", out, "--old-pretrained", "some-tag",
+        "--force",
+    )  # fmt: skip
+    assert found.exit_code == 2 and "Fix: leave it out" in said(found)
 
 
 def test_differences_are_named():

@@ -75,6 +75,14 @@ def same(one: dict, two: dict) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_random_weights_are_said_on_a_line_of_their_own(arguments):
+    found = run(*arguments)
+    assert found.exit_code == 0, found.output
+    said_so = [line for line in said(found).splitlines() if "weights are random" in line]
+    assert said_so[0].startswith("The weights are random: which pairs")
+    assert said_so[1].startswith("The weights are random: this trains from nothing. --pretrained")
+
+
 # -- resolving ------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from fastgoal_models.caft.train_command import METHOD
 from fastgoal_models.caft.training import RECIPES, TERMS, CaftTrainConfig
 from fastgoal_models.checkpoints import Checkpoint, latest_checkpoint, load_checkpoint
 from fastgoal_models.cli import app
+from fastgoal_models.cli.train_caft import CaftPreset
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.evaluation import caption_set, evaluate_set
 from fastgoal_models.glit import read_glit
@@ -81,10 +82,10 @@ def test_published_recipes():
         name: (c.learning_rate, c.weight_decay, c.eps, c.clip_norm) for name, c in found.items()
     }
     assert table == {
-        "3m": (5e-4, 0.5, 1e-8, None),
-        "12m": (5e-4, 0.5, 1e-8, 1.0),
-        "15m": (1.67e-4, 0.5, 1e-6, 1.0),
-        "30m": (5e-4, 0.2, 1e-6, None),
+        "caft-b-3m": (5e-4, 0.5, 1e-8, None),
+        "caft-b-12m": (5e-4, 0.5, 1e-8, 1.0),
+        "caft-b-15m": (1.67e-4, 0.5, 1e-6, 1.0),
+        "caft-b-30m": (5e-4, 0.2, 1e-6, None),
     }
     with pytest.raises(ConfigError, match=r"recipe must be one of .*got '5m'"):
         CaftTrainConfig.published(Path("run"), "5m")
@@ -190,9 +191,16 @@ def test_presets_by_name():
     for name in RECIPES:
         options, config = METHOD.resolve(given | {"preset": name})
         assert config == CaftTrainConfig.published(Path("run"), name) and options.fit_batch
+        assert options.model == "caft-b"
+    assert {preset.value for preset in CaftPreset} == {"default", *RECIPES}
+    # They name the model, too; another one is asked for by name.
+    options, _ = METHOD.resolve(given | {"preset": "caft-b-3m", "model": "caft-s"})
+    assert options.model == "caft-s"
     assert METHOD.resolve(given)[1] == CaftTrainConfig(out=Path("run"), epochs=10)
-    _, config = METHOD.resolve(given | {"preset": "15m", "steps": 5, "lr": 1.0})
-    assert config == CaftTrainConfig.published(Path("run"), "15m", steps=5, learning_rate=1.0)
+    _, config = METHOD.resolve(given | {"preset": "caft-b-15m", "steps": 5, "lr": 1.0})
+    assert config == CaftTrainConfig.published(
+        Path("run"), "caft-b-15m", steps=5, learning_rate=1.0
+    )
 
 
 def test_it_is_evaluated_as_it_trains(folder):
