@@ -133,12 +133,18 @@ def tokenize_caption(
         " ".join(sentences) if caption is None else caption, sentences, tokenizer
     )
     room = context_length - 2
-    ends = [min(end, room) + 1 for end in accumulate(map(len, words), initial=0)]
+    spans = [(min(start, room + 1), min(end, room + 1)) for start, end in token_spans(words)]
     flat = [token for sentence in words for token in sentence]
     row = pack_row(flat, tokenizer, context_length)
-    return TokenizedCaption(
-        row, min(len(flat), room) + 2, list(pairwise(ends)), truncated=len(flat) > room
-    )
+    return TokenizedCaption(row, min(len(flat), room) + 2, spans, truncated=len(flat) > room)
+
+
+def token_spans(words: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """The half-open token range of each sentence of `sentence_tokens`, cut at no context.
+
+    The start token is 0.
+    """
+    return list(pairwise(accumulate(map(len, words), initial=1)))
 
 
 def sentence_tokens(

@@ -5,13 +5,16 @@
     boxes.jsonl    boxes that were found before
 
 The last has one JSON object a line, {"image": "a.jpg", "boxes": [{"box": [x1, y1, x2, y2],
-"label": "cat", "score": 0.9}]}, in pixels of the upright picture; label and score may be missing.
+"label": "cat", "score": 0.9}]}, in pixels of the upright picture; label and score may be missing,
+and a picture may have several lines.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -49,18 +52,31 @@ class Detector(Protocol):
         ...
 
 
-def create_detector(spec: str, device: torch.device, least_score: float = LEAST_SCORE) -> Detector:
+def create_detector(
+    spec: str,
+    device: torch.device,
+    least_score: float | None = None,
+    root: Path | None = None,
+) -> Detector:
     """The detector a user asked for; see the module for how they are called.
+
+    Args:
+        spec: its name.
+        device: where a model runs.
+        least_score: of the boxes that are kept; None: LEAST_SCORE, and of a file all boxes, which
+            whoever wrote it has chosen.
+        root: folder that the images of a file's lines are relative to.
 
     Raises ConfigError for one that is not known, not installed or not here.
     """
+    if spec.endswith(".jsonl"):
+        return BoxFile(Path(spec), -math.inf if least_score is None else least_score, root)
+    least_score = LEAST_SCORE if least_score is None else least_score
     kind, colon, name = spec.partition(":")
     if colon and kind == "transformers":
         return TransformersDetector(name, device, least_score)
     if colon and kind == "torchvision":
         return TorchvisionDetector(name, device, least_score)
-    if spec.endswith(".jsonl"):
-        return BoxFile(Path(spec), least_score)
     raise ConfigError(
         f"detector {spec!r} is not known. Fix: transformers:NAME_OR_FOLDER, "
         "torchvision:ARCHITECTURE=WEIGHTS, or a .jsonl file of boxes"
@@ -172,10 +188,28 @@ class TorchvisionDetector:
 
 
 class BoxFile:
-    """Boxes that were found before, by the picture's path in its data."""
+    """Boxes that were found before, by the picture's path in its data.
 
-    def __init__(self, path: Path, least_score: float = 0.0) -> None:
-        self.path, self.found = path, {}
+    However a path is written, `./a.jpg`, absolute or through links, it is the file that counts.
+
+    Args:
+        path: the file of boxes.
+        least_score: of the boxes that are kept; by default all are.
+        root: folder that the paths in it, and the pictures' names, are relative to (default: that
+            of `path`).
+
+    Attributes: `pictures`, how many were asked for; `missing`, how many of them no line names.
+
+    Raises ConfigError for no such file, or a line that is not as it should be.
+    """
+
+    def __init__(
+        self, path: Path, least_score: float = -math.inf, root: Path | None = None
+    ) -> None:
+        self.path, self.root = path, path.parent if root is None else root
+        self.pictures = self.missing = 0
+        self._first_missing = ""
+        self.found: dict[str, list[Detection]] = {}
         digest = hashlib.sha256()
         if not path.is_file():
             raise ConfigError(f"detector {path}: there is no file")
@@ -185,7 +219,8 @@ class BoxFile:
                 try:
                     row = json.loads(line)
                     boxes = [_detection(box) for box in row["boxes"]]
-                    self.found[row["image"]] = [b for b in boxes if b.score >= least_score]
+                    kept = self.found.setdefault(self._file(row["image"]), [])
+                    kept += [box for box in boxes if box.score >= least_score]
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
                     raise ConfigError(
                         f"{path}, line {number} is not an object with image and boxes ({error!r})"
@@ -197,7 +232,25 @@ class BoxFile:
         return f"boxes {self.digest}, {self.least_score}"
 
     def detect(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
-        return [sorted(self.found.get(name, ()), key=lambda d: -d.score) for name in names]
+        files = [self._file(name) for name in names]
+        missing = [file for file in files if file not in self.found]
+        if missing and not self.missing:
+            self._first_missing = missing[0]
+        self.pictures += len(files)
+        self.missing += len(missing)
+        return [sorted(self.found.get(file, ()), key=lambda d: -d.score) for file in files]
+
+    def unmatched(self) -> str | None:
+        """How many of the pictures that were asked for no line names; None where all are named."""
+        if not self.missing:
+            return None
+        return (
+            f"{self.missing} of {self.pictures} pictures have no boxes in {self.path}: it names "
+            f"for example {next(iter(self.found), 'nothing')}, and not {self._first_missing}"
+        )
+
+    def _file(self, image: str) -> str:
+        return os.path.realpath(self.root / image)
 
 
 def _detection(row: Any) -> Detection:

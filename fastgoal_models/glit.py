@@ -6,7 +6,9 @@
 
 `image` is relative to the data folder and may not leave it. Widths, heights and boxes mean the
 upright picture, after the camera's own rotation. `sentences` and `pairs` may be missing; `pairs`
-come best first and name a sentence by its place. Other keys are kept as they are.
+come best first and name a sentence by its place. `captions` lists all captions of the picture where
+there are several: retrieval is evaluated on all of them, and `caption`, by default the first of
+them, is the one that is trained on. Other keys are kept as they are.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ LONG_CAPTIONS = ("cut", "chunk")
 
 _EXIF_ORIENTATION = 0x0112
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
-_OWN_KEYS = ("id", "image", "width", "height", "caption", "sentences", "pairs")
+_OWN_KEYS = ("id", "image", "width", "height", "caption", "captions", "sentences", "pairs")
 
 
 class GlitError(UserError, ValueError):
@@ -77,6 +79,8 @@ class GlitRecord:
     sentences: tuple[str, ...]
     pairs: tuple[LocalPair, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
+    """all captions of the picture, where its row lists them"""
 
 
 @dataclass
@@ -152,6 +156,14 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     return _read_image(io.BytesIO(data), name, decode=True)[0]
 
 
+def upright_size(data: bytes, name: str, decode: bool) -> tuple[int, int]:
+    """Width and height of a file's contents, from the header alone unless `decode`.
+
+    Raises Unusable.
+    """
+    return _read_image(io.BytesIO(data), name, decode)[1:]
+
+
 def _read_image(file: Path | io.BytesIO, name: str, decode: bool) -> tuple[Image.Image, int, int]:
     try:
         with Image.open(file, formats=_formats()) as image:
@@ -164,7 +176,8 @@ def _read_image(file: Path | io.BytesIO, name: str, decode: bool) -> tuple[Image
                 width, height = height, width
             if decode:
                 image.load()
-                image = _to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                image = _to_rgb(image)
             return image, width, height
     except (Unusable, MemoryError):
         raise
@@ -197,7 +210,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.mode != "I" or grey.max(initial=0) > 255:
             grey = grey >> 8
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def crop_region(image: Image.Image, box: Box) -> Image.Image:
@@ -207,22 +220,32 @@ def crop_region(image: Image.Image, box: Box) -> Image.Image:
     return image.crop((x1, y1, x2, y2))
 
 
+def crop_pixels(pixels: np.ndarray, box: Box) -> np.ndarray:
+    """`crop_region` of a picture's pixels (H, W, 3): a view of them."""
+    height, width = pixels.shape[:2]
+    x1, x2 = _pixel_range(box[0], box[2], width)
+    y1, y2 = _pixel_range(box[1], box[3], height)
+    return pixels[y1:y2, x1:x2]
+
+
 def _pixel_range(low: float, high: float, size: int) -> tuple[int, int]:
     first = min(max(math.floor(low), 0), size - 1)
     return first, min(max(math.ceil(high), first + 1), size)
 
 
 def image_tensor(
-    image: Image.Image,
+    image: Image.Image | np.ndarray,
     image_size: int,
     mean: Sequence[float] = OPENAI_DATASET_MEAN,
     std: Sequence[float] = OPENAI_DATASET_STD,
 ) -> Tensor:
     """A picture squashed to S × S (bicubic, antialiased) and normalised: (3, S, S) float32.
 
-    Squashed, not cropped, so that boxes scale with the picture and nothing of it is lost.
+    The picture may be its pixels (H, W, 3), uint8. Squashed, not cropped, so that boxes scale with
+    the picture and nothing of it is lost.
     """
-    whole = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    pixels = image if isinstance(image, np.ndarray) else np.array(image)
+    whole = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     # On bytes, in one thread: several times faster than Pillow for the same filter, and as near to
     # it in float64. Both round to bytes between the two passes, here and there to another one.
     size = (image_size, image_size)
@@ -244,16 +267,18 @@ def read_glit(
     root: str | Path | None = None,
     strict: bool = False,
     verify_images: bool = True,
+    judge: Callable[[str, Callable[[bool], GlitRecord]], GlitRecord | Unusable] | None = None,
 ) -> tuple[list[GlitRecord], SkipReport]:
     """Read a GLIT file: its usable records, in order, and what was skipped.
 
     `root` is the data folder that images are relative to and may not leave (default: the file's
     own folder). A record is skipped, or with `strict` refused by a GlitError, for: a line that is
-    not UTF-8 or not a JSON object (named by its number), an empty caption, sentences that are not
-    the caption, a pair that names no sentence or no part of the picture, an id seen before, an
-    image that leaves the data folder (absolute, `..`, a link), is missing, empty or corrupt, or
-    has too many pixels. `verify_images` decodes every picture, which finds files cut short;
-    without it only their headers are read.
+    not UTF-8 or not a JSON object (named by its number), an empty caption, `captions` that are not
+    a list of texts, sentences that are not the caption, a pair that names no sentence or no part of
+    the picture, an id seen before, an image that leaves the data folder (absolute, `..`, a link),
+    is missing, empty or corrupt, or has too many pixels. `verify_images` decodes every picture,
+    which finds files cut short; without it only their headers are read. `judge` decides that line
+    by line, called with its number and what reads it (`PictureCheck.judge`).
     """
     jsonl = Path(jsonl)
     folder = (jsonl.parent if root is None else Path(root)).resolve()
@@ -262,8 +287,11 @@ def read_glit(
     seen: set[str] = set()
 
     def parse(numbered: tuple[int, bytes]) -> GlitRecord | Unusable:
+        def read(decode: bool) -> GlitRecord:
+            return parse_line(*numbered, folder, decode)
+
         try:
-            return parse_line(*numbered, folder, verify_images)
+            return read(verify_images) if judge is None else judge(str(numbered[0]), read)
         except Unusable as skip:
             return skip
 
@@ -334,10 +362,16 @@ def parse_line(
 
     return GlitRecord(
         **row_fields(row, name, size, with_pairs),
-        id=str(row.get("id", row["image"])),
+        id=row_id(row, row["image"]),
         image=path,
         extra={key: value for key, value in row.items() if key not in _OWN_KEYS},
     )
+
+
+def row_id(row: dict[str, Any], otherwise: str) -> str:
+    """A row's id as text; a null is no id."""
+    identity = row.get("id")
+    return otherwise if identity is None else str(identity)
 
 
 def row_fields(
@@ -347,13 +381,14 @@ def row_fields(
 
     `size` is asked for last, because it may have to decode the picture. Raises Unusable.
     """
+    captions = _captions(row, name)
     caption = row.get("caption")
-    if not isinstance(caption, str) or not any(
-        c.isprintable() and not c.isspace() for c in caption
-    ):
+    if caption is None and captions:
+        caption = captions[0]
+    if not isinstance(caption, str) or not says_something(caption):
         raise Unusable("caption is empty", name)
     try:
-        caption.encode()
+        "".join([caption, *captions]).encode()
     except UnicodeEncodeError:
         raise Unusable("caption is not valid Unicode", name) from None
     sentences = row.get("sentences") or split_sentences(caption)
@@ -365,11 +400,27 @@ def row_fields(
         raise Unusable("boxes are for a picture of another size", name)
     return {
         "caption": caption,
+        "captions": captions,
         "sentences": tuple(sentences),
         "width": width,
         "height": height,
         "pairs": _parse_pairs(pairs, len(sentences), width, height, name),
     }
+
+
+def _captions(row: dict[str, Any], name: str) -> tuple[str, ...]:
+    """The captions that a row lists, without those that say nothing. Raises Unusable."""
+    captions = row.get("captions")
+    if captions is None:
+        return ()
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise Unusable("captions are not a list of texts", name)
+    return tuple(text for text in captions if says_something(text))
+
+
+def says_something(text: str) -> bool:
+    """Whether there is anything in a text that can be seen."""
+    return any(c.isprintable() and not c.isspace() for c in text)
 
 
 def _make_up(sentences: object, caption: str) -> bool:
@@ -447,6 +498,7 @@ def to_row(record: GlitRecord, folder: Path) -> dict[str, Any]:
         "width": record.width,
         "height": record.height,
         "caption": record.caption,
+        **({"captions": list(record.captions)} if record.captions else {}),
         "sentences": list(record.sentences),
         "pairs": [pair._asdict() for pair in record.pairs],
     } | record.extra

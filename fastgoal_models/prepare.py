@@ -24,7 +24,7 @@ from PIL import Image
 
 from .atomic_files import write_text_atomically
 from .caft.captions import split_published
-from .captions import sentence_tokens
+from .captions import token_spans
 from .errors import ConfigError, UserError
 from .flism import Matched, Matcher
 from .glit import (
@@ -257,7 +257,7 @@ def _read(
     except GlitError as error:
         return Unusable("image is corrupt", f"line {number} ({error})")
     if published:
-        pieces = [f"{piece}." for piece in split_published(record.caption)]
+        pieces = published_sentences(record.caption)
         if not pieces:
             return Unusable("caption has no sentence the published way", f"line {number}")
         record = replace(
@@ -269,21 +269,21 @@ def _read(
     return record, image
 
 
+def published_sentences(caption: str) -> list[str]:
+    """What `published` makes of a caption: sentences that, joined by spaces, are a new one."""
+    return [f"{piece}." for piece in split_published(caption)]
+
+
 def _row(
     found: Matched, root: Path, matcher: Matcher, keep_pairs: int | None, provenance: str
 ) -> dict[str, Any]:
     record = found.record
-    tokens = sentence_tokens(record.caption, record.sentences, matcher.tokenizer)
-    spans, at = [], 1  # the start token is 0
-    for sentence in tokens:
-        spans.append([at, at + len(sentence)])
-        at += len(sentence)
     regions = [
         {"name": name, "box": list(box)} | ({} if score is None else {"score": score})
         for name, box, score in found.regions
     ]
     kept = replace(record, pairs=record.pairs[:keep_pairs])
-    more = {"spans": spans, "regions": regions, "provenance": provenance}
+    more = {"spans": token_spans(found.words), "regions": regions, "provenance": provenance}
     return to_row(kept, root) | more
 
 

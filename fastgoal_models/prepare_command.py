@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from open_clip import SimpleTokenizer
 from rich.console import Console
 from rich.markup import escape
 
-from .detectors import create_detector
+from .detectors import BoxFile, create_detector
 from .devices import parse_device
+from .errors import ConfigError
 from .flism import Matcher, RegionRules
+from .json_output import write_json
 from .loading import load_fast_goal
 from .options import tensors_digest
 from .prepare import Prepared, Share, kept_lines, prepare
 from .progress import counting
+from .random_weights import warn_of_random_weights
 
 _CLIP_CONTEXT = 77  # a sentence is 18 to 24 tokens
 
@@ -30,6 +35,8 @@ class PrepareOptions:
     model: str = "ViT-B-16"
     pretrained: str | None = None
     detector: str | None = None
+    least_score: float | None = None
+    """None: what `create_detector` takes"""
     rules: RegionRules = field(default_factory=RegionRules)
     keep_pairs: int | None = None
     published: bool = False
@@ -40,7 +47,9 @@ class PrepareOptions:
     """None: where there is a GPU"""
 
 
-def run_prepare(options: PrepareOptions, console: Console) -> Prepared:
+def run_prepare(
+    options: PrepareOptions, json_path: Path | None, command: str, console: Console
+) -> Prepared:
     """Make the pairs. Raises what a user can mend (see `cli`)."""
     share = None if options.shard is None else Share.parse(options.shard)
     device = parse_device(options.device)
@@ -48,15 +57,18 @@ def run_prepare(options: PrepareOptions, console: Console) -> Prepared:
     model = loaded.model.to(device).eval()
     detector = None
     if options.detector is None:
+        if options.least_score is not None:
+            raise ConfigError("--least-score is of a detector's boxes. Fix: name a --detector")
         console.print(
             "No detector: the regions are the four quadrants and the centre. --detector adds "
             "boxes, e.g. --detector transformers:hustvl/yolos-base",
             soft_wrap=True,
         )
     else:
-        detector = create_detector(options.detector, device)
+        root = options.data.parent if options.root is None else options.root
+        detector = create_detector(options.detector, device, options.least_score, root)
     if loaded.random:
-        console.print("[yellow]The weights are random, so which pairs they match is arbitrary.[/]")
+        warn_of_random_weights(console, "which pairs they match is arbitrary")
     matcher = Matcher(
         model,
         tokenizer=SimpleTokenizer(context_length=min(_CLIP_CONTEXT, model.context_length)),
@@ -87,7 +99,34 @@ def run_prepare(options: PrepareOptions, console: Console) -> Prepared:
             f"Stopped: {kept} of {lines} lines are kept; the same command goes on."
         ) from None
     _say(done, options, console)
+    if isinstance(detector, BoxFile) and (unmatched := detector.unmatched()) is not None:
+        style = "yellow" if detector.missing == detector.pictures else None
+        console.print(escape(unmatched), style=style, highlight=False, soft_wrap=True)
+    if json_path is not None:
+        document = {"schema": 1, "kind": "prepare", "command": command, **_found(done)}
+        write_json(document, json_path, console)
     return done
+
+
+def _found(done: Prepared) -> dict[str, Any]:
+    """What `--json` says; of a shard's run the pairs, which lie in parts, are not counted."""
+    pairs = None
+    if done.done:
+        with done.path.open(encoding="utf-8") as lines:
+            pairs = sum(len(json.loads(line)["pairs"]) for line in lines)
+    return {
+        "out": str(done.path),
+        "done": done.done,
+        "parts": done.parts,
+        "parts_missing": done.parts_missing,
+        "pictures": done.report.read,
+        "pairs": pairs,
+        "skipped": done.report.counts,
+        "names": done.report.names,
+        "images": done.images,  # of this call
+        "seconds": done.seconds,
+        "images_per_second": done.images / done.seconds if done.images else None,
+    }
 
 
 def _say(done: Prepared, options: PrepareOptions, console: Console) -> None:

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastgoal_models import split_sentences, tokenize_caption
-from fastgoal_models.captions import sentence_tokens
+from fastgoal_models.captions import sentence_tokens, token_spans
+from fastgoal_models.prepare import published_sentences
 
 REAL_CAPTIONS = Path(__file__).parents[2].parent / "shared" / "data" / "captions"
 TOKENIZER = open_clip.SimpleTokenizer(context_length=248)
@@ -174,9 +175,24 @@ def test_real_captions(path):
         assert "".join("".join(sentences).split()) == "".join(caption.split())
         found = tokenize_caption(sentences, TOKENIZER, 248, caption=caption)
         assert torch.equal(found.tokens, wanted)
-        for sentence, (start, end) in zip(sentences, found.spans, strict=True):
-            if end < found.length - 1 or not found.truncated:
-                assert same_text(TOKENIZER.decode(wanted[start:end].tolist()), sentence)
+        spans = assert_spans_are_the_sentences(caption, sentences)
+        # Those of a context are the same, cut at its end token.
+        assert found.spans == [(min(start, 247), min(end, 247)) for start, end in spans]
+        # The published splitter drops the stops, and short pieces: its sentences are spans of the
+        # caption that `prepare --published` joins of them.
+        if pieces := published_sentences(caption):
+            assert_spans_are_the_sentences(" ".join(pieces), pieces)
+
+
+def assert_spans_are_the_sentences(caption, sentences):
+    """As `prepare` writes them, of a caption of any length."""
+    tokens = [TOKENIZER.sot_token_id, *TOKENIZER.encode(caption)]
+    spans = token_spans(sentence_tokens(caption, sentences, TOKENIZER))
+    assert [start for start, _ in spans] == [1, *(end for _, end in spans[:-1])]
+    assert spans[-1][1] == len(tokens)
+    for sentence, (start, end) in zip(sentences, spans, strict=True):
+        assert same_text(TOKENIZER.decode(tokens[start:end]), sentence)
+    return spans
 
 
 def test_endless_captions_take_no_endless_time():

@@ -56,6 +56,36 @@ def test_boxes_of_a_file_come_best_first(tmp_path):
     assert BoxFile(path, 0.7).detect(images, names) == [[bare], [], [dog]]
 
 
+def test_however_a_picture_is_written_it_is_the_file_that_counts(tmp_path):
+    root = tmp_path / "data"
+    (root / "real").mkdir(parents=True)
+    (root / "real" / "p.png").touch()
+    (root / "link.png").symlink_to(root / "real" / "p.png")
+    (root / "folder").symlink_to(root / "real")
+    cat = [Detection((1, 2, 3.5, 4), "cat", 0.6)]
+    written = ["real/p.png", "./real/p.png", "real/../real//p.png", "link.png", "folder/p.png"]
+    for image in [*written, str(root / "real" / "p.png")]:
+        boxes = BoxFile(box_file(tmp_path, {"image": image, "boxes": [CAT]}), root=root)
+        for name in [*written, str(root / "link.png")]:
+            assert boxes.detect([picture(9, 9)], [name]) == [cat]
+        assert (boxes.pictures, boxes.missing, boxes.unmatched()) == (6, 0, None)
+
+
+def test_a_picture_may_have_several_lines(tmp_path):
+    path = box_file(tmp_path, *({"image": "a.jpg", "boxes": [box]} for box in (CAT, DOG)))
+    assert [d.label for d in BoxFile(path).detect([picture(9, 9)], ["a.jpg"])[0]] == ["dog", "cat"]
+
+
+def test_pictures_that_no_line_names_are_counted(tmp_path):
+    boxes = BoxFile(box_file(tmp_path, {"image": "a.jpg", "boxes": []}))
+    boxes.detect([picture(9, 9)] * 2, ["a.jpg", "b.jpg"])
+    boxes.detect([picture(9, 9)], ["c.jpg"])
+    assert boxes.unmatched() == (
+        f"2 of 3 pictures have no boxes in {boxes.path}: it names for example {tmp_path}/a.jpg, "
+        f"and not {tmp_path}/b.jpg"
+    )
+
+
 def test_a_box_files_identity_changes_with_its_boxes(tmp_path):
     first = BoxFile(box_file(tmp_path, {"image": "a.jpg", "boxes": [CAT]}))
     same = BoxFile(first.path)
@@ -115,10 +145,13 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
         create_detector("transformers:yolos", CPU)
 
 
-def test_a_file_of_boxes_is_made_with_the_least_score(tmp_path):
-    found = create_detector(str(box_file(tmp_path, {"image": "a", "boxes": [CAT, DOG]})), CPU, 0.7)
-    assert isinstance(found, BoxFile)
-    assert [d.label for d in found.detect([picture(9, 9)], ["a"])[0]] == ["dog"]
+def test_all_boxes_of_a_file_are_kept_unless_a_score_is_asked_for(tmp_path):
+    low = CAT | {"score": -3}
+    path = str(box_file(tmp_path, {"image": "a", "boxes": [low, DOG]}))
+    for least_score, labels in ((None, ["dog", "cat"]), (0.7, ["dog"])):
+        found = create_detector(path, CPU, least_score)
+        assert isinstance(found, BoxFile)
+        assert [d.label for d in found.detect([picture(9, 9)], ["a"])[0]] == labels
 
 
 # -- transformers ---------------------------------------------------------------------------------
@@ -188,6 +221,11 @@ def test_transformers_weights_in_half_precision(yolos, tmp_path):
     transformers.YolosImageProcessor.from_pretrained(yolos).save_pretrained(tmp_path)
     found = TransformersDetector(str(tmp_path), CPU, 0.0).detect([picture(140, 100)], ["a"])
     assert len(found[0]) == 6
+
+
+def test_transformers_boxes_score_half_at_least_by_default(yolos):
+    found = create_detector(f"transformers:{yolos}", CPU)
+    assert isinstance(found, TransformersDetector) and found.least_score == 0.5
 
 
 def test_transformers_identity_is_that_of_the_weights(yolos):

@@ -116,6 +116,13 @@ BAD_LINES = {
     "empty caption": (line(caption=""), "caption is empty"),
     "blank caption": (line(caption=" \n\t\u00a0"), "caption is empty"),
     "caption of a wrong type": (line(caption=["A cat."]), "caption is empty"),
+    "blank captions": (line(caption=None, captions=["", " "]), "caption is empty"),
+    "captions of a wrong type": (line(captions="A cat."), "captions are not a list of texts"),
+    "a caption of a wrong type": (line(captions=["A", None]), "captions are not a list of texts"),
+    "half a surrogate in captions": (
+        line(captions=["A \ud83d cat."]),
+        "caption is not valid Unicode",
+    ),
     "half a surrogate": (line(caption="A \ud83d cat."), "caption is not valid Unicode"),
     "other sentences": (line(sentences=SENTENCES[:2]), "sentences do not make up the caption"),
     "a cut word": (
@@ -218,6 +225,33 @@ def test_ids_seen_before(folder):
     assert [record.id for record in records] == ["cat", "dog"]
     assert records[0].caption == CAPTION
     assert report.names == {"id appears twice": ["cat"]}
+
+
+def test_an_id_that_is_null_is_none(folder):
+    rows = [json.loads(line(image=f"images/{name}.png", id=None)) for name in ("cat", "dog")]
+    picture().save(folder / "images" / "dog.png")
+    records, report = read_glit(write_lines(folder, *(json.dumps(r | {"id": None}) for r in rows)))
+    assert [record.id for record in records] == ["images/cat.png", "images/dog.png"]
+    assert report.skipped == 0
+
+
+def test_several_captions(folder):
+    both = ["A cat.", " ", "It is red."]
+    records, report = read_glit(
+        write_lines(
+            folder,
+            line(id="own", captions=both),
+            line(id="first", captions=[*both], caption=None, pairs=None),
+            line(id="null", pairs=None).replace("}", ', "captions": null}'),
+        )
+    )
+    assert report.skipped == 0
+    assert [record.caption for record in records] == [CAPTION, "A cat.", CAPTION]
+    assert [record.captions for record in records] == [("A cat.", "It is red.")] * 2 + [()]
+    assert records[1].sentences == ("A cat.",) and records[1].extra == {}
+    path = write_glit(records, folder / "again.jsonl")
+    assert read_glit(path)[0] == records
+    assert ["captions" in json.loads(row) for row in path.read_text().splitlines()] == [1, 1, 0]
 
 
 def test_an_id_of_a_skipped_record_is_free(folder):

@@ -210,6 +210,37 @@ def test_a_detectors_boxes_are_regions_too(data, model, tmp_path):
         make_matcher(model, rules=rules)
 
 
+def test_the_command_keeps_all_boxes_of_a_file_and_tells_of_pictures_without(tmp_path):
+    data = make_data(tmp_path / "data")
+    (data.parent / "link.png").symlink_to(data.parent / "2.png")
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    sure, unsure = (
+        {"box": [0, 0, 20, 30], "label": n, "score": s} for n, s in (("a", 0.9), ("b", 0.2))
+    )
+    boxes = tmp_path / "boxes.jsonl"
+
+    def regions(images, *words):
+        rows = [{"image": image, "boxes": [sure, unsure]} for image in images]
+        boxes.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        command = [
+            "prepare", "--data", data, "--root", data.parent, "--out", out, "--device", "cpu",
+            "--model", tmp_path / "model.json", "--detector", boxes, *words,
+        ]  # fmt: skip
+        done = CliRunner().invoke(app, list(map(str, command)), env={"COLUMNS": "300"})
+        assert done.exit_code == 0, done.output
+        return [[r["name"] for r in row["regions"][5:]] for row in rows_of(out)], done.output
+
+    found, said = regions(["./1.png", "link.png"])
+    assert found == [[], ["a", "b"], ["a", "b"], [], [], [], []]
+    assert f"5 of 7 pictures have no boxes in {boxes}" in said
+    found, said = regions([f"{at}.png" for at in range(7)], "--least-score", 0.5)
+    assert found == [["a"]] * 7 and "have no boxes" not in said
+    alone = ["prepare", "--data", data, "--out", tmp_path / "x.jsonl", "--least-score", 0.5]
+    refused = CliRunner().invoke(app, [*map(str, alone), "--device", "cpu"])
+    assert refused.exit_code == 2 and "Fix: name a --detector" in refused.output
+
+
 # -- interrupted, resumed, shared out -------------------------------------------------------------
 
 
