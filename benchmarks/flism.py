@@ -10,15 +10,18 @@ about 1000 × 750 with captions of five to nine sentences: which pairs come out 
 long it takes does.
 
 The script is a restatement of how research code goes about it: it runs the detector on an image
-alone; opens the image anew for every region, and crops, resizes and encodes that crop alone; and
-tokenises and encodes every sentence alone, padded to the whole context. It holds its pairs in
-memory, where `prepare` writes them to the disk with all that makes a run resumable.
+alone; opens the image anew for every region, crops it, puts the crop through open_clip's transform
+and model alone; and tokenises and encodes every sentence alone, padded to the whole context.
+It holds its pairs in memory, where `prepare` writes them to the disk with all that makes a run
+resumable. A second script is lent our own reading and resizing, which are faster than Pillow's, so
+that what batches alone bring can be seen.
 
-That both find the same pairs is asserted before anything is timed. A second row of ours has its
-towers in bfloat16 (`prepare --bfloat16`), whose scores are coarser: of two regions that are as good
-to bfloat16 it may take the other one. Each round runs all ways once, so that a busy machine slows
-them alike; processor time stands beside the clock's, because it suffers least from it. How the time
-splits up is measured in a run of its own.
+That all find the same pairs is asserted before anything is timed: ours and the script with our
+pixels to rounding; the script itself to what Pillow's resizing, which rounds to bytes elsewhere,
+makes of the scores. A second row of ours has its towers in bfloat16 (`prepare --bfloat16`), whose
+scores are coarser, too: of two regions that are as good to that the other one may be taken. Each
+round runs all ways once, so that a busy machine slows them alike; processor time stands beside the
+clock's, because it suffers least from it. How the time splits up is measured in a run of its own.
 
 On a machine with other work give --threads 1: threads that wait for each other's turn slow the
 script's many small products far more than our few large ones, which would flatter us.
@@ -30,7 +33,7 @@ The JSON it writes:
         contender detector images regions sentences status
         parity                 {scores: largest difference, other_regions: sentences for which
                                another region is as good, to within the limit, and was taken},
-                               of ours against the script; zeros for the script
+                               against the script with our pixels; zeros for that one itself
         images_per_second      by the median
         median_ms low_ms high_ms best_ms repeats  an image, with the 20th and 80th percentile
         cpu_ms                 an image: processor time of all threads, the median
@@ -50,7 +53,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +61,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip import CLIP, SimpleTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
@@ -65,18 +69,20 @@ from fastgoal_models.captions import split_sentences
 from fastgoal_models.detectors import Detection, Detector, TransformersDetector
 from fastgoal_models.fast_goal import DEMO_CONFIG, FastGoalModel
 from fastgoal_models.flism import Matcher, Region, RegionRules
-from fastgoal_models.glit import crop_region, image_tensor, load_image
+from fastgoal_models.glit import Box, crop_region, image_tensor, load_image
 from fastgoal_models.prepare import prepare
 from fastgoal_models.synthetic import draw, scene
 
 from . import cpu_rows, flism_sections
 from .cpu_rows import CPU, Row
-from .flism_sections import BFLOAT16, OURS, SCRIPT
+from .flism_sections import BFLOAT16, OUR_PIXELS, OURS, SCRIPT
 from .measure import Timing, measure_in_turns
 
 SAME_SCORE = 1e-4
 # Of unit vectors whose elements are off by 2^-9 each and more after some layers: 5e-4 is seen.
 SAME_IN_BFLOAT16 = 1e-2
+# Pixels of 256 steps that are off by one, here and there: a tenth of that is seen.
+SAME_BY_PILLOW = 1e-2
 CONTEXT = 77
 SIZES = ((1000, 750), (1000, 750), (1000, 667), (750, 1000))
 GRAIN = 12.0  # standard deviation of the noise, of 255
@@ -190,6 +196,14 @@ class Setup(NamedTuple):
     detector: TimedDetector | None
     clock: Clock
 
+    def open_clip_image(self, images: Tensor) -> Tensor:
+        with self.clock("image_tower"):
+            return self.model.clip.encode_image(images)
+
+    def open_clip_text(self, texts: Tensor) -> Tensor:
+        with self.clock("text_tower"):
+            return self.model.clip.encode_text(texts)
+
 
 def make_setup(
     folder: Path, images: int, detector: bool, sizes: Sequence[tuple[int, int]] = SIZES
@@ -219,23 +233,42 @@ class Answer(NamedTuple):
     """(sentences, regions)"""
 
 
+Pixels = Callable[[Path, Box, int], Tensor]
+"""of a file, the part in a box, squashed to a side in pixels: (3, S, S)"""
+
+
+def open_clip_pixels(path: Path, box: Box, image_size: int) -> Tensor:
+    """As a script has them."""
+    transform: Any = image_transform_v2(_squash(image_size), is_train=False)
+    return transform(crop_region(Image.open(path).convert("RGB"), box))
+
+
+def our_pixels(path: Path, box: Box, image_size: int) -> Tensor:
+    """As `prepare` has them, but that it reads a file once."""
+    return image_tensor(crop_region(load_image(path), box), image_size)
+
+
+@cache
+def _squash(image_size: int) -> PreprocessCfg:
+    return PreprocessCfg(size=image_size, resize_mode="squash")
+
+
 @torch.no_grad()
-def one_at_a_time(setup: Setup) -> list[Answer]:
+def one_at_a_time(setup: Setup, pixels: Pixels = our_pixels) -> list[Answer]:
     """The script."""
     answers = []
     for line in setup.data.read_text().splitlines():
         row = json.loads(line)
         path = setup.data.parent / row["image"]
-        image = load_image(path)
+        image = Image.open(path).convert("RGB")
         found = setup.detector.detect([image], [row["image"]])[0] if setup.detector else []
         regions = RegionRules().regions(image.width, image.height, found)
-        of_regions = []
-        for region in regions:
-            crop = crop_region(load_image(path), region.box)
-            pixels = image_tensor(crop, setup.model.image_size)
-            of_regions.append(setup.model.encode_image(pixels[None]))
+        of_regions = [
+            setup.open_clip_image(pixels(path, region.box, setup.model.image_size)[None])
+            for region in regions
+        ]
         of_sentences = [
-            setup.model.encode_text(setup.tokenizer([sentence]))
+            setup.open_clip_text(setup.tokenizer([sentence]))
             for sentence in split_sentences(row["caption"])
         ]
         v = F.normalize(torch.cat(of_regions), dim=-1)
@@ -281,6 +314,17 @@ def compare(
     return {"scores": worst, "other_regions": others}
 
 
+def compare_scripts(answers: Sequence[Answer], expected: Sequence[Answer]) -> dict[str, float]:
+    """How far two scripts are apart. Raises AssertionError beyond what Pillow's bytes explain."""
+    worst, others = 0.0, 0
+    for one, other in zip(answers, expected, strict=True):
+        assert one.regions == other.regions
+        worst = max(worst, float((one.scores - other.scores).abs().max()))
+        others += int((one.scores.argmax(dim=1) != other.scores.argmax(dim=1)).sum())
+    assert worst <= SAME_BY_PILLOW, f"scores differ by {worst:.2g}"
+    return {"scores": worst, "other_regions": others}
+
+
 # ---------------------------------------------------------------------------------------------
 # Measuring and showing
 # ---------------------------------------------------------------------------------------------
@@ -303,13 +347,15 @@ def measure(setup: Setup, rounds: int) -> list[Row]:
     ways: dict[str, Callable[[Setup], Any]] = {
         OURS: by_prepare,
         BFLOAT16: partial(by_prepare, bfloat16=True),
-        SCRIPT: one_at_a_time,
+        OUR_PIXELS: one_at_a_time,
+        SCRIPT: partial(one_at_a_time, pixels=open_clip_pixels),
     }
     answers = one_at_a_time(setup)
     parity = {
         OURS: compare(by_prepare(setup), answers),
         BFLOAT16: compare(by_prepare(setup, bfloat16=True), answers, SAME_IN_BFLOAT16),
-        SCRIPT: {"scores": 0.0, "other_regions": 0},
+        OUR_PIXELS: {"scores": 0.0, "other_regions": 0},
+        SCRIPT: compare_scripts(one_at_a_time(setup, open_clip_pixels), answers),
     }
     processor: dict[str, list[float]] = {name: [] for name in ways}
 

@@ -7,7 +7,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
-OURS, BFLOAT16, SCRIPT = "fastgoal prepare", "with --bfloat16", "one at a time"
+OURS, BFLOAT16 = "fastgoal prepare", "with --bfloat16"
+SCRIPT, OUR_PIXELS = "one at a time", "one at a time, our pixels"
 PROMISED = 5.0  # times as fast as the script
 
 HEAD = (
@@ -49,16 +50,21 @@ def title(rows: Sequence[Row]) -> str:
 
 def footer(rows: Sequence[Row]) -> list[str]:
     """Whether the promise is kept, and how to read the columns."""
-    ours, bfloat16, script = rows
+    of = {row["contender"]: row for row in rows}
+    ours, script = of[OURS], of[SCRIPT]
     times, processor = (script[key] / ours[key] for key in ("median_ms", "cpu_ms"))
     kept = "kept" if times >= PROMISED else "not kept"
+    others = [_parity(name, of[name]) for name in (BFLOAT16, SCRIPT)]
     return [
         f"Promised: {PROMISED:g} × the script's images a second. {kept}: {times:.1f} ×, and "
         f"{processor:.1f} × by processor time.",
-        f"Same pairs, scores to {ours['parity']['scores']:.1g}; for "
-        f"{ours['parity']['other_regions']} of {ours['sentences']} sentences another region is as "
-        f"good, and was taken. With bfloat16 towers scores to {bfloat16['parity']['scores']:.1g}, "
-        f"and another region for {bfloat16['parity']['other_regions']}.",
+        f"Of {ours['sentences']} sentences' regions, against {OUR_PIXELS!r}: "
+        f"{_parity('ours', ours)}; {'; '.join(others)}.",
         "Last columns: ms an image in a run of its own; rest is reading, cropping, tokenising and "
         "writing, as far as the towers wait for it.",
     ]
+
+
+def _parity(name: str, row: Row) -> str:
+    parity = row["parity"]
+    return f"{name} {parity['other_regions']} others, scores to {parity['scores']:.1g}"

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -208,6 +209,7 @@ class BoxFile:
     ) -> None:
         self.path, self.root = path, path.parent if root is None else root
         self.pictures = self.missing = 0
+        self._counting = threading.Lock()
         self._first_missing = ""
         self.found: dict[str, list[Detection]] = {}
         digest = hashlib.sha256()
@@ -234,10 +236,11 @@ class BoxFile:
     def detect(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
         files = [self._file(name) for name in names]
         missing = [file for file in files if file not in self.found]
-        if missing and not self.missing:
-            self._first_missing = missing[0]
-        self.pictures += len(files)
-        self.missing += len(missing)
+        with self._counting:
+            if missing and not self.missing:
+                self._first_missing = missing[0]
+            self.pictures += len(files)
+            self.missing += len(missing)
         return [sorted(self.found.get(file, ()), key=lambda d: -d.score) for file in files]
 
     def unmatched(self) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastgoal_kernels import region_mean, span_mean
 
+from .pooled_token import pooled_token
 from .positional import KEPT_POSITIONS, stretch_positional_embedding
 from .preprocessing import Normalisation, preprocess_of, unlike_clip
 
@@ -153,15 +154,7 @@ class FastGoalModel(nn.Module):
         The tokens are the last layer's, before `ln_post`, row by row and without the class token.
         """
         visual = self._visual
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *visual.image_size):
-            raise ValueError(
-                f"images must have shape (N, 3, {self.image_size}, {self.image_size}); "
-                f"got {tuple(images.shape)}"
-            )
-        x = visual.conv1(images).flatten(2).transpose(1, 2)
-        start = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([start, x], dim=1) + visual.positional_embedding.to(x.dtype)
-        x = visual.transformer(visual.ln_pre(x))
+        x = visual.transformer(self._embed_image(images))
         patches = x[:, 1:]
         if visual.pool_type == "tok":
             return self.project_patches(x[:, 0]), patches
@@ -175,18 +168,8 @@ class FastGoalModel(nn.Module):
         The tokens are the last layer's, before `ln_final`; L is at most the context length. The
         features are those of the end token: the highest id of a row.
         """
-        text = self._text
-        if texts.ndim != 2 or texts.shape[1] > self.context_length:
-            raise ValueError(
-                f"texts must have shape (N, at most {self.context_length}); "
-                f"got {tuple(texts.shape)}"
-            )
-        length = texts.shape[1]
-        dtype = text.transformer.get_cast_dtype()
-        x = text.token_embedding(texts).to(dtype) + text.positional_embedding[:length].to(dtype)
-        words = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
-        end = texts.argmax(dim=1)
-        pooled = words[torch.arange(len(words), device=words.device), end]
+        words = self._text.transformer(*self._embed_text(texts))
+        pooled = words[torch.arange(len(words), device=words.device), texts.argmax(dim=1)]
         return self.project_words(pooled), words
 
     def project_patches(self, tokens: Tensor) -> Tensor:
@@ -205,14 +188,52 @@ class FastGoalModel(nn.Module):
         return x @ text.text_projection
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """Images (N, 3, S, S) -> features (N, E)."""
-        features, _ = self.image_tokens(images)
+        """Images (N, 3, S, S) -> features (N, E): those of `image_tokens`."""
+        visual = self._visual
+        if visual.pool_type == "tok":
+            x = self._embed_image(images)
+            first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            features = self.project_patches(pooled_token(visual.transformer, x, first))
+        else:
+            features, _ = self.image_tokens(images)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, texts: Tensor, normalize: bool = True) -> Tensor:
-        """Texts (N, L) -> features (N, E)."""
-        features, _ = self.text_tokens(texts)
+        """Texts (N, L) -> features (N, E): those of `text_tokens`."""
+        x, causal = self._embed_text(texts)
+        end = texts.argmax(dim=1)
+        features = self.project_words(pooled_token(self._text.transformer, x, end, causal))
         return F.normalize(features, dim=-1) if normalize else features
+
+    def _embed_image(self, images: Tensor) -> Tensor:
+        """Images (N, 3, S, S) -> what enters the first block (N, 1 + h·w, W)."""
+        self._check_images("images", images)
+        visual = self._visual
+        x = visual.conv1(images).flatten(2).transpose(1, 2)
+        start = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([start, x], dim=1) + visual.positional_embedding.to(x.dtype)
+        return visual.ln_pre(x)
+
+    def _check_images(self, name: str, images: Tensor) -> None:
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self._visual.image_size):
+            raise ValueError(
+                f"{name} must have shape (N, 3, {self.image_size}, {self.image_size}); got "
+                f"{tuple(images.shape)}. Fix: resize them all (fastgoal_models.glit.image_tensor), "
+                "or create the model with another image_size"
+            )
+
+    def _embed_text(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Texts (N, L) -> what enters the first block (N, L, W), and the causal mask (L, L)."""
+        text = self._text
+        if texts.ndim != 2 or texts.shape[1] > self.context_length:
+            raise ValueError(
+                f"texts must have shape (N, at most {self.context_length}); "
+                f"got {tuple(texts.shape)}"
+            )
+        length = texts.shape[1]
+        dtype = text.transformer.get_cast_dtype()
+        x = text.token_embedding(texts).to(dtype) + text.positional_embedding[:length].to(dtype)
+        return x, text.attn_mask[:length, :length]
 
     def forward(self, batch: FastGoalBatch) -> dict[str, Tensor]:
         """The arguments of `FastGoalLoss.forward`, by name; each tower runs once.
@@ -220,8 +241,12 @@ class FastGoalModel(nn.Module):
         Whole and local features are L2-normalised (N, E); `region_features` and `span_features`
         are the pooled tokens, projected as equation 13's patch and word features, not normalised;
         `logit_scale` is the multiplier itself.
+
+        Raises ValueError for pictures of other sizes than the tower's: one size a model.
         """
         count = len(batch.images)
+        self._check_images("images", batch.images)
+        self._check_images("local_images", batch.local_images)
         image_features, patches = self.image_tokens(torch.cat([batch.images, batch.local_images]))
         text_features, words = self.text_tokens(_stack_texts(batch.texts, batch.local_texts))
         regions = region_mean(

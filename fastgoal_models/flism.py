@@ -6,27 +6,47 @@ embedded by a CLIP, and each sentence takes its most similar region.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip import SimpleTokenizer
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .captions import pack_row, sentence_tokens
 from .detectors import Detection, Detector
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
-from .glit import Box, GlitRecord, LocalPair, crop_region, image_tensor, load_image
+from .glit import (
+    Box,
+    GlitRecord,
+    LocalPair,
+    Unusable,
+    crop_pixels,
+    image_tensor,
+    load_image,
+)
 from .preprocessing import CLIP_NORMALISATION, Normalisation
+
+Item = TypeVar("Item")
 
 
 class Encoder(Protocol):
-    """A CLIP: a FastGoalModel, an open_clip model, or anything that encodes like them."""
+    """A CLIP: a FastGoalModel, an open_clip model, or anything that encodes like them.
+
+    On a CPU several threads call it at once.
+    """
 
     def encode_image(self, images: Tensor, /) -> Tensor: ...
 
@@ -129,7 +149,8 @@ def match_pairs(
             total=len(records), desc="local pairs", unit="image", disable=not progress
         ) as bar:
             matched = []
-            for found in matcher.match(records, (load_image(r.image) for r in records)):
+            for found in matcher.match(records, _opened):
+                assert isinstance(found, Matched)  # what can not be read is an error
                 matched.append(found.record)
                 bar.update()
     finally:
@@ -137,11 +158,26 @@ def match_pairs(
     return matched
 
 
+class Picture(NamedTuple):
+    """What is matched."""
+
+    record: GlitRecord
+    image: Image.Image
+    name: str
+    """what the detector calls it"""
+
+
+def _opened(record: GlitRecord) -> Picture:
+    return Picture(record, load_image(record.image), str(record.image))
+
+
 class Matched(NamedTuple):
-    """A record with its pairs, and the regions they were chosen from."""
+    """A record with its pairs, and what they were chosen from."""
 
     record: GlitRecord
     regions: list[Region]
+    words: list[list[int]]
+    """`sentence_tokens` of its caption"""
 
 
 class Matcher:
@@ -176,86 +212,113 @@ class Matcher:
             raise ConfigError("there are no regions without the fixed ones and without a detector")
         expected = (5 if rules.fixed else 0) + (5 if detector is not None else 0)
         self.images_at_once = max(1, batch_size // expected)
+        # Memory of another device is for the activations of one batch.
+        self._turn: AbstractContextManager[Any] = (
+            nullcontext() if self.device.type == "cpu" else threading.Lock()
+        )
 
     def match(
-        self,
-        records: Iterable[GlitRecord],
-        images: Iterable[Image.Image],
-        names: Iterable[str] | None = None,
-    ) -> Iterator[Matched]:
-        """The records in order, with their pairs; `images` are their decoded pictures.
+        self, items: Sequence[Item], read: Callable[[Item], Picture | Unusable]
+    ) -> Iterator[Matched | Unusable]:
+        """What becomes of each item, in order: its pairs, or why `read` could not use it.
 
-        `names`: what the detector calls the pictures, by default their paths.
+        A thread takes a group of items through all of its steps, and many threads one each. On a
+        CPU a thread computes alone, too: small products wait for each other longer than they take.
+        Another device is for one group at a time, whose next ones are decoded meanwhile.
         """
-        records = list(records)
-        called = [str(record.image) for record in records] if names is None else list(names)
-        pictures = iter(images)
-        # Resizing leaves the interpreter's lock, as decoding does.
-        with ThreadPoolExecutor(4) as pool:
-            for start in range(0, len(records), self.images_at_once):
-                group = slice(start, start + self.images_at_once)
-                yield from self._match(
-                    records[group], [next(pictures) for _ in records[group]], called[group], pool
-                )
+        groups = (
+            items[start : start + self.images_at_once]
+            for start in range(0, len(items), self.images_at_once)
+        )
+        threads = torch.get_num_threads()
+        workers = threads if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        ahead: deque[Future[list[Matched | Unusable]]] = deque()
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for group in groups:
+                ahead.append(pool.submit(self._group, group, read))
+                if len(ahead) > workers:
+                    yield from ahead.popleft().result()
+            while ahead:
+                yield from ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # threads that are made later would begin with one
+
+    def _group(
+        self, items: Sequence[Item], read: Callable[[Item], Picture | Unusable]
+    ) -> list[Matched | Unusable]:
+        found = [read(item) for item in items]
+        matched = iter(self._match([one for one in found if not isinstance(one, Unusable)]))
+        return [one if isinstance(one, Unusable) else next(matched) for one in found]
 
     @torch.no_grad()
-    def _match(
-        self,
-        records: Sequence[GlitRecord],
-        images: Sequence[Image.Image],
-        names: Sequence[str],
-        pool: ThreadPoolExecutor,
-    ) -> list[Matched]:
+    def _match(self, pictures: Sequence[Picture]) -> list[Matched]:
+        records = [picture.record for picture in pictures]
+        images = [picture.image for picture in pictures]
+        words = [
+            sentence_tokens(record.caption, record.sentences, self.tokenizer) for record in records
+        ]
         found: list[list[Detection]] = [[] for _ in records]
-        if self.detector is not None:
-            found = self.detector.detect(images, names)
+        if self.detector is not None and records:
+            with self._turn:
+                found = self.detector.detect(images, [picture.name for picture in pictures])
         regions = [
             self.rules.regions(image.width, image.height, boxes)
             for image, boxes in zip(images, found, strict=True)
         ]
-        crops = pool.map(
-            lambda cut: image_tensor(crop_region(*cut), self.image_size, *self.normalisation),
-            [(image, r.box) for image, some in zip(images, regions, strict=True) for r in some],
-        )
-        v = self._encode(self.model.encode_image, list(crops))
-        t = self._texts([sentence for record in records for sentence in record.sentences])
+        crops = [
+            crop
+            for image, some in zip(images, regions, strict=True)
+            for crop in self._crops(image, some)
+        ]
+        with self._turn:
+            v = self._pictures(crops)
+            t = self._texts([sentence for some in words for sentence in some])
         if v is None or t is None:  # a detector that found nothing at all
-            return [Matched(replace(record, pairs=()), []) for record in records]
+            return [
+                Matched(replace(record, pairs=()), [], some)
+                for record, some in zip(records, words, strict=True)
+            ]
         image_features = v.split([len(some) for some in regions])
         text_features = t.split([len(record.sentences) for record in records])
         return [
-            Matched(replace(record, pairs=_pairs(some, of_image, of_text)), some)
-            for record, some, of_image, of_text in zip(
-                records, regions, image_features, text_features, strict=True
+            Matched(replace(record, pairs=_pairs(some, of_image, of_text)), some, of_record)
+            for record, some, of_record, of_image, of_text in zip(
+                records, regions, words, image_features, text_features, strict=True
             )
         ]
 
-    def _texts(self, sentences: list[str]) -> Tensor | None:
+    def _crops(self, image: Image.Image, regions: Sequence[Region]) -> list[Tensor]:
+        pixels = np.array(image)  # once for all of its regions
+        return [
+            image_tensor(crop_pixels(pixels, region.box), self.image_size, *self.normalisation)
+            for region in regions
+        ]
+
+    def _texts(self, sentences: Sequence[Sequence[int]]) -> Tensor | None:
         """Features of sentences, each encoded once, short ones with short ones."""
-        once = list(dict.fromkeys(sentences))
+        once = sorted({tuple(words) for words in sentences}, key=lambda words: (len(words), words))
         if not once:
             return None
-        rows = self.tokenizer(once)
-        lengths = rows.argmax(dim=1)
-        order = lengths.argsort(stable=True)
+        context = self.tokenizer.context_length or DEFAULT_CONTEXT_LENGTH
+        rows = torch.stack([pack_row(words, self.tokenizer, context) for words in once])
         parts = []
-        for part in order.split(self.batch_size):
-            batch = rows[part]
+        for batch in rows.split(self.batch_size):
             if isinstance(self.model, FastGoalModel):  # others may want all of their context
-                batch = batch[:, : int(lengths[part].max()) + 1]
+                batch = batch[:, : int(batch[-1].argmax()) + 1]
             parts.append(self._features(self.model.encode_text, batch))
-        features = torch.cat(parts)[order.argsort()]
-        place = {sentence: number for number, sentence in enumerate(once)}
-        return features[torch.tensor([place[sentence] for sentence in sentences])]
+        place = {words: number for number, words in enumerate(once)}
+        return torch.cat(parts)[torch.tensor([place[tuple(words)] for words in sentences])]
 
-    def _encode(self, encode: Any, items: list[Tensor]) -> Tensor | None:
-        if not items:
+    def _pictures(self, crops: list[Tensor]) -> Tensor | None:
+        if not crops:
             return None
         batches = (
-            torch.stack(items[start : start + self.batch_size])
-            for start in range(0, len(items), self.batch_size)
+            torch.stack(crops[start : start + self.batch_size])
+            for start in range(0, len(crops), self.batch_size)
         )
-        return torch.cat([self._features(encode, batch) for batch in batches])
+        return torch.cat([self._features(self.model.encode_image, batch) for batch in batches])
 
     def _features(self, encode: Any, batch: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):

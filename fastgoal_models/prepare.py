@@ -15,21 +15,17 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from PIL import Image
 
 from .atomic_files import write_text_atomically
 from .caft.captions import split_published
 from .captions import token_spans
 from .errors import ConfigError, UserError
-from .flism import Matched, Matcher
+from .flism import Matched, Matcher, Picture
 from .glit import (
     GlitError,
-    GlitRecord,
     SkipReport,
     Unusable,
     hint_at_root,
@@ -42,7 +38,6 @@ from .parts import RUN, part_path, remove_parts
 from .preprocessing import CLIP_NORMALISATION
 
 PART = 256  # lines
-_DECODERS = min(8, os.cpu_count() or 1)
 
 
 class PrepareError(UserError, RuntimeError):
@@ -176,7 +171,7 @@ def prepare(
     for number in todo:
         rows, skips = [], []
         numbered = list(source.part(number))
-        for found in _pairs_of(numbered, root, matcher, published):
+        for found in matcher.match(numbered, lambda line: _read(*line, root, published)):
             seen += 1
             if isinstance(found, Unusable):
                 skips.append([found.reason, found.name])
@@ -221,34 +216,7 @@ def kept_lines(data: Path, out: Path, lines_a_part: int = PART) -> tuple[int, in
 # -- one part -------------------------------------------------------------------------------------
 
 
-def _pairs_of(
-    lines: Sequence[tuple[int, bytes]], root: Path, matcher: Matcher, published: bool
-) -> Iterator[Matched | Unusable]:
-    """What becomes of each line, in order; pictures are decoded ahead of the encoder."""
-    size = matcher.images_at_once
-    groups = [lines[start : start + size] for start in range(0, len(lines), size)]
-    with ThreadPoolExecutor(_DECODERS) as pool:
-
-        def begin(group: Sequence[tuple[int, bytes]]) -> list[Future[Any]]:
-            return [pool.submit(_read, *line, root, published) for line in group]
-
-        ahead = begin(groups[0]) if groups else []
-        for number in range(len(groups)):
-            read, ahead = ahead, begin(groups[number + 1]) if number + 1 < len(groups) else []
-            results = [future.result() for future in read]
-            usable = [result for result in results if not isinstance(result, Unusable)]
-            matched = matcher.match(
-                [record for record, _ in usable],
-                (image for _, image in usable),
-                [record.image.relative_to(root).as_posix() for record, _ in usable],
-            )
-            for result in results:
-                yield result if isinstance(result, Unusable) else next(matched)
-
-
-def _read(
-    number: int, line: bytes, root: Path, published: bool
-) -> tuple[GlitRecord, Image.Image] | Unusable:
+def _read(number: int, line: bytes, root: Path, published: bool) -> Picture | Unusable:
     try:
         record = parse_line(number, line, root, verify_images=False, with_pairs=False)
         image = load_image(record.image)
@@ -266,7 +234,7 @@ def _read(
             sentences=tuple(pieces),
             extra=record.extra | {"original_caption": record.caption},
         )
-    return record, image
+    return Picture(record, image, record.image.relative_to(root).as_posix())
 
 
 def published_sentences(caption: str) -> list[str]:

@@ -39,10 +39,11 @@ def test_the_table_is_printed_and_written(small, detector, regions, tmp_path, ca
     document = json.loads(path.read_text())
     assert document["kind"] == "flism" and document["device"]["threads"] == 1
     assert document["command"].endswith(" ".join(arguments))
-    ours, bfloat16, script = document["rows"]
+    ours, bfloat16, our_pixels, script = document["rows"]
     contenders = [row["contender"] for row in document["rows"]]
-    assert contenders == [flism.OURS, flism.BFLOAT16, flism.SCRIPT]
-    assert script["parity"] == {"scores": 0.0, "other_regions": 0}
+    assert contenders == [flism.OURS, flism.BFLOAT16, flism.OUR_PIXELS, flism.SCRIPT]
+    assert our_pixels["parity"] == {"scores": 0.0, "other_regions": 0}
+    assert 0 < script["parity"]["scores"] <= flism.SAME_BY_PILLOW
     assert flism.SAME_SCORE < bfloat16["parity"]["scores"] <= flism.SAME_IN_BFLOAT16
     assert ours["parity"]["scores"] <= flism.SAME_SCORE
     for row in document["rows"]:
@@ -73,3 +74,11 @@ def test_other_pairs_are_an_error(tmp_path):
         flism.compare(rows, answers)
     with pytest.raises(AssertionError):
         flism.compare(rows[:1], answers)
+
+
+def test_pixels_of_another_picture_are_an_error(tmp_path):
+    setup = flism.make_setup(tmp_path, 2, False, SIZES)
+    answers = flism.one_at_a_time(setup)
+    wrong = flism.one_at_a_time(setup, lambda *cut: flism.our_pixels(*cut) / 2)
+    with pytest.raises(AssertionError, match="scores differ"):
+        flism.compare_scripts(wrong, answers)

@@ -455,6 +455,15 @@ def test_wrong_images(shape):
         build().image_tokens(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("name", ["images", "local_images"])
+def test_mixed_image_sizes(name):
+    model = build()
+    batch = make_batch(model)
+    batch = batch._replace(**{name: torch.zeros(len(batch.images), 3, 48, 48)})
+    with pytest.raises(ValueError, match=rf"^{name} must have shape \(N, 3, 32, 32\).*image_size"):
+        model(batch)
+
+
 @pytest.mark.parametrize("shape", [(2, 249), (5,)])
 def test_wrong_texts(shape):
     with pytest.raises(ValueError, match=r"texts must have shape .* 248"):

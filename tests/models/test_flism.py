@@ -1,5 +1,8 @@
 """FLISM's matching, with an encoder whose answers can be worked out by hand."""
 
+import threading
+import time
+
 import numpy as np
 import open_clip
 import pytest
@@ -15,6 +18,8 @@ from fastgoal_models import (
     fixed_regions,
     match_pairs,
 )
+from fastgoal_models.flism import Matched, Matcher, Picture, RegionRules
+from fastgoal_models.glit import Unusable, load_image
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -171,3 +176,68 @@ def test_a_progress_bar_is_shown(records, capsys):
 def test_best_pair_of_an_unmatched_record(records):
     with pytest.raises(ValueError, match="first has no local pair"):
         best_pair(records[0])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_groups_in_threads_come_in_order_and_leave_the_threads_as_they_were(records, threads):
+    """On a CPU each thread computes alone; what can not be read stands in its place."""
+    before = torch.get_num_threads()
+    items = [*records, "no picture", *records, "neither"] * 3
+    seen, inside = set(), set()
+
+    class Watched(ColourEncoder):
+        def encode_image(self, images):
+            seen.add(threading.get_ident())
+            inside.add(torch.get_num_threads())
+            return super().encode_image(images)
+
+    def read(item):
+        if isinstance(item, str):
+            return Unusable(item, "here")
+        return Picture(item, load_image(item.image), str(item.image))
+
+    matcher = Matcher(Watched(), rules=RegionRules(), batch_size=5)
+    assert matcher.images_at_once == 1
+    torch.set_num_threads(threads)
+    try:
+        found = list(matcher.match(items, read))
+        assert torch.get_num_threads() == threads
+        assert inside == {1} and 1 <= len(seen) <= threads
+        assert threading.get_ident() not in seen
+        ahead = matcher.match(items, read)  # left alone after the first, as by Ctrl-C
+        next(ahead)
+        ahead.close()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for item, one in zip(items, found, strict=True):
+        if isinstance(item, str):
+            assert isinstance(one, Unusable) and one.reason == item
+        else:
+            assert isinstance(one, Matched) and one.record.id == item.id and one.record.pairs
+
+
+def test_another_device_has_one_group_at_a_time(records):
+    matcher = Matcher(ColourEncoder(), rules=RegionRules(), batch_size=5, device="xpu")
+    matcher.device = torch.device("cpu")  # where the tensors of this test stay
+    before, turns = torch.get_num_threads(), []
+
+    class Busy(ColourEncoder):
+        def encode_image(self, images):
+            turns.append(1)
+            assert matcher._turn.locked() and len(turns) == 1
+            time.sleep(0.01)  # others would come in
+            turns.pop()
+            return super().encode_image(torch.rand(images.shape))
+
+        def encode_text(self, texts):
+            assert matcher._turn.locked()
+            return super().encode_text(torch.ones(texts.shape, dtype=torch.int64))
+
+    matcher.model = Busy()
+    torch.set_num_threads(3)
+    try:
+        found = matcher.match(records * 3, lambda r: Picture(r, load_image(r.image), r.id))
+        assert [one.record.id for one in found] == [record.id for record in records * 3]
+    finally:
+        torch.set_num_threads(before)
