@@ -21,7 +21,8 @@ pixels to rounding; the script itself to what Pillow's resizing, which rounds to
 makes of the scores. A second row of ours has its towers in bfloat16 (`prepare --bfloat16`), whose
 scores are coarser, too: of two regions that are as good to that the other one may be taken. Each
 round runs all ways once, so that a busy machine slows them alike; processor time stands beside the
-clock's, because it suffers least from it. How the time splits up is measured in a run of its own.
+clock's, because it suffers least from it. How the time splits up is measured in a run of its own, in
+one thread: in several, stages of different pictures run at once.
 
 On a machine with other work give --threads 1: threads that wait for each other's turn slow the
 script's many small products far more than our few large ones, which would flatter us.
@@ -37,9 +38,8 @@ The JSON it writes:
         images_per_second      by the median
         median_ms low_ms high_ms best_ms repeats  an image, with the 20th and 80th percentile
         cpu_ms                 an image: processor time of all threads, the median
-        split_ms               an image: {detector, image_tower, text_tower, rest}; the rest is
-                               reading, cropping, tokenising and writing, as far as the towers
-                               wait for it
+        split_ms               an image, in one thread: {detector, image_tower, text_tower, rest};
+                               the rest is reading, cropping, tokenising and writing
 """
 
 from __future__ import annotations
@@ -331,11 +331,14 @@ def compare_scripts(answers: Sequence[Answer], expected: Sequence[Answer]) -> di
 
 
 def _split(way: Callable[[Setup], Any], setup: Setup, images: int) -> dict[str, float]:
-    """Milliseconds an image of each stage, and of the rest."""
+    """Milliseconds an image of each stage, and of the rest, in one thread."""
+    threads = torch.get_num_threads()
     setup.clock.on, setup.clock.seconds = True, dict.fromkeys(STAGES, 0.0)
+    torch.set_num_threads(1)
     began = time.perf_counter()
     way(setup)
     whole = time.perf_counter() - began
+    torch.set_num_threads(threads)
     setup.clock.on = False
     found = dict(setup.clock.seconds)
     found["rest"] = whole - sum(found.values())

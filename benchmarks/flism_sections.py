@@ -60,8 +60,8 @@ def footer(rows: Sequence[Row]) -> list[str]:
         f"{processor:.1f} × by processor time.",
         f"Of {ours['sentences']} sentences' regions, against {OUR_PIXELS!r}: "
         f"{_parity('ours', ours)}; {'; '.join(others)}.",
-        "Last columns: ms an image in a run of its own; rest is reading, cropping, tokenising and "
-        "writing, as far as the towers wait for it.",
+        "Last columns: ms an image in a run of its own, in one thread; rest is reading, cropping, "
+        "tokenising and writing.",
     ]
 
 

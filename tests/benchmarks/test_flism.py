@@ -50,7 +50,7 @@ def test_the_table_is_printed_and_written(small, detector, regions, tmp_path, ca
         assert (row["images"], row["regions"], row["detector"]) == (3, 3 * regions, detector)
         assert row["repeats"] == 1 and row["cpu_ms"] > 0 and row["best_ms"] > 0
         split = row["split_ms"]
-        assert split["image_tower"] > 0 and split["text_tower"] > 0
+        assert min(split["image_tower"], split["text_tower"], split["rest"]) > 0
         assert (split["detector"] > 0) == (detector is not None)
     out = tmp_path / "benchmarks.md"
     assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 0
