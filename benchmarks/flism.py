@@ -21,8 +21,8 @@ pixels to rounding; the script itself to what Pillow's resizing, which rounds to
 makes of the scores. A second row of ours has its towers in bfloat16 (`prepare --bfloat16`), whose
 scores are coarser, too: of two regions that are as good to that the other one may be taken. Each
 round runs all ways once, so that a busy machine slows them alike; processor time stands beside the
-clock's, because it suffers least from it. How the time splits up is measured in a run of its own, in
-one thread: in several, stages of different pictures run at once.
+clock's, because it suffers least from it. How the time splits up is measured in a run of its own,
+in one thread: in several, stages of different pictures run at once.
 
 On a machine with other work give --threads 1: threads that wait for each other's turn slow the
 script's many small products far more than our few large ones, which would flatter us.
