@@ -39,7 +39,8 @@ The JSON it writes:
         median_ms low_ms high_ms best_ms repeats  an image, with the 20th and 80th percentile
         cpu_ms                 an image: processor time of all threads, the median
         split_ms               an image, in one thread: {detector, image_tower, text_tower, rest};
-                               the rest is reading, cropping, tokenising and writing
+                               the rest is reading, cropping, tokenising and writing. Missing
+                               where it was measured in several threads, which says nothing
 """
 
 from __future__ import annotations

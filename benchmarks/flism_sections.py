@@ -9,6 +9,7 @@ Row = dict[str, Any]
 
 OURS, BFLOAT16 = "fastgoal prepare", "with --bfloat16"
 SCRIPT, OUR_PIXELS = "one at a time", "one at a time, our pixels"
+STAGES = ("detector", "image_tower", "text_tower", "rest")  # of `split_ms`
 PROMISED = 5.0  # times as fast as the script
 
 HEAD = (
@@ -19,7 +20,8 @@ HEAD = (
 
 def cells(row: Row, script: Row) -> list[str]:
     """A row of the table."""
-    stages = [f"{milliseconds:.1f}" for milliseconds in row["split_ms"].values()]
+    split = row.get("split_ms", {})  # some results have none
+    stages = [f"{split[stage]:.1f}" if stage in split else "–" for stage in STAGES]
     return [
         row["contender"],
         f"{row['images_per_second']:.1f}",
