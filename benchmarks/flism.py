@@ -87,7 +87,6 @@ SAME_BY_PILLOW = 1e-2
 CONTEXT = 77
 SIZES = ((1000, 750), (1000, 750), (1000, 667), (750, 1000))
 GRAIN = 12.0  # standard deviation of the noise, of 255
-STAGES = ("detector", "image_tower", "text_tower")
 
 _YOLOS: dict[str, Any] = {
     "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3,
@@ -122,7 +121,7 @@ class Clock:
     """Seconds spent in each stage, while it is switched on."""
 
     def __init__(self) -> None:
-        self.on, self.seconds = False, dict.fromkeys(STAGES, 0.0)
+        self.on, self.seconds = False, dict.fromkeys(flism_sections.TIMED, 0.0)
 
     def __call__(self, stage: str) -> AbstractContextManager[None]:
         return self._count(stage) if self.on else nullcontext()
@@ -334,7 +333,7 @@ def compare_scripts(answers: Sequence[Answer], expected: Sequence[Answer]) -> di
 def _split(way: Callable[[Setup], Any], setup: Setup, images: int) -> dict[str, float]:
     """Milliseconds an image of each stage, and of the rest, in one thread."""
     threads = torch.get_num_threads()
-    setup.clock.on, setup.clock.seconds = True, dict.fromkeys(STAGES, 0.0)
+    setup.clock.on, setup.clock.seconds = True, dict.fromkeys(flism_sections.TIMED, 0.0)
     torch.set_num_threads(1)
     began = time.perf_counter()
     way(setup)

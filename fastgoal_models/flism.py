@@ -28,15 +28,7 @@ from .captions import pack_row, sentence_tokens
 from .detectors import Detection, Detector
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
-from .glit import (
-    Box,
-    GlitRecord,
-    LocalPair,
-    Unusable,
-    crop_pixels,
-    image_tensor,
-    load_image,
-)
+from .glit import Box, GlitRecord, LocalPair, Unusable, crop_pixels, image_tensor, load_image
 from .preprocessing import CLIP_NORMALISATION, Normalisation
 
 Item = TypeVar("Item")

@@ -176,7 +176,7 @@ def prepare(
             if isinstance(found, Unusable):
                 skips.append([found.reason, found.name])
             else:
-                rows.append(_row(found, root, matcher, keep_pairs, name))
+                rows.append(_row(found, root, keep_pairs, name))
             if on_images is not None:
                 on_images(seen, lines)
         images += len(rows)
@@ -242,9 +242,7 @@ def published_sentences(caption: str) -> list[str]:
     return [f"{piece}." for piece in split_published(caption)]
 
 
-def _row(
-    found: Matched, root: Path, matcher: Matcher, keep_pairs: int | None, provenance: str
-) -> dict[str, Any]:
+def _row(found: Matched, root: Path, keep_pairs: int | None, provenance: str) -> dict[str, Any]:
     record = found.record
     regions = [
         {"name": name, "box": list(box)} | ({} if score is None else {"score": score})
