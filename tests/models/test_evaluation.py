@@ -7,12 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from fastgoal_kernels import maxsim_scores
 from fastgoal_models import evaluation, write_glit
 from fastgoal_models.caft import Caft
-from fastgoal_models.cli import app
 from fastgoal_models.encoding import caft_rows
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.evaluation import (
@@ -26,6 +24,7 @@ from fastgoal_models.retrieval import recall_at_k
 from fastgoal_models.sets import CaptionedImage, CaptionSet
 from fastgoal_models.trained import notes_as_metadata
 from tests.models.small_models import CONFIG, coloured_records, small_clip
+from tests.models.tuned_run import fastgoal, tuned_run
 
 CAFT = {
     "embed_dim": 16, "pool_heads": 2,
@@ -300,23 +299,10 @@ def test_recall_that_any_model_has_is_no_result(records):
     assert found.recalls("image_to_text")[5] == found.retrieval.image_to_text[5]
 
 
-def fastgoal(*words: object):
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "400"})
-
-
 @pytest.fixture
 def tuned(records, tmp_path, monkeypatch):
-    """A run on the first two pictures, and the command that evaluates it on all three."""
     monkeypatch.chdir(tmp_path)
-    write_glit(records[:2], tmp_path / "trained.jsonl")
-    write_glit(records, tmp_path / "data.jsonl")
-    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
-    done = fastgoal(
-        "train", "fast-goal", "--data", "trained.jsonl", "--out", "run", "--model", "model.json",
-        "--steps", 1, "--batch-size", 2, "--context-length", 36, "--device", "cpu",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
-    return ["eval", "--data", "data.jsonl", "--device", "cpu", "--json", "e.json", "--model"]
+    return tuned_run(records)
 
 
 def test_the_model_before_reads_as_much_of_a_caption(tuned, tmp_path):

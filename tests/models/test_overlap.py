@@ -5,16 +5,15 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from fastgoal_models import write_glit
-from fastgoal_models.cli import app
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.evaluation import caption_set
 from fastgoal_models.overlap import Overlap, compare, training_images
 from fastgoal_models.sets import CaptionedImage, CaptionSet
 from fastgoal_models.stages import stages_of
-from tests.models.small_models import CONFIG, coloured_records
+from tests.models.small_models import coloured_records
+from tests.models.tuned_run import fastgoal, train, tuned_run
 
 
 @pytest.fixture
@@ -169,27 +168,10 @@ def test_a_stage_that_can_not_be_read_is_named(tmp_path, monkeypatch):
 # -- the command ----------------------------------------------------------------------------------
 
 
-def fastgoal(*words: object):
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "400"})
-
-
 @pytest.fixture
 def tuned(records, tmp_path, monkeypatch):
-    """A run on the first two pictures, and the command that evaluates it on all three."""
     monkeypatch.chdir(tmp_path)
-    write_glit(records[:2], tmp_path / "trained.jsonl")
-    write_glit(records, tmp_path / "data.jsonl")
-    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
-    train("trained.jsonl", "run", "model.json", "--context-length", 36)
-    return ["eval", "--data", "data.jsonl", "--device", "cpu", "--json", "e.json", "--model"]
-
-
-def train(data: str, out: str, model: str, *words: object) -> None:
-    done = fastgoal(
-        "train", "fast-goal", "--data", data, "--out", out, "--model", model, "--steps", 1,
-        "--batch-size", 2, "--device", "cpu", *words,
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
+    return tuned_run(records)
 
 
 def overlaps(tmp_path: Path) -> list[dict | None]:

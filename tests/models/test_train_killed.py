@@ -4,16 +4,12 @@ With evaluation, the best checkpoint and a moving average. One interpreter forks
 killed: importing PyTorch is the slow part.
 """
 
-import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.models.killing import DIE_AT, WAIT
+from tests.models.killing import DIE_AT, WAIT, exits_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -146,13 +142,8 @@ print(json.dumps(exits))
 
 @pytest.fixture(scope="module")
 def exits(tmp_path_factory):
-    ran = subprocess.run(
-        [sys.executable, "-c", COMMON + AT_RANDOM + AT_EVERY_FILE,
-         str(Path(__file__).with_name("test_training.py")), str(tmp_path_factory.mktemp("killed"))],
-        capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    return [json.loads(line) for line in ran.stdout.splitlines()]
+    folder = tmp_path_factory.mktemp("killed")
+    return exits_of(COMMON + AT_RANDOM + AT_EVERY_FILE, "test_training.py", folder, 400)
 
 
 def test_killed_twenty_times_at_random(exits):
