@@ -70,7 +70,7 @@ from fastgoal_models.captions import split_sentences
 from fastgoal_models.detectors import Detection, Detector, TransformersDetector
 from fastgoal_models.fast_goal import DEMO_CONFIG, FastGoalModel
 from fastgoal_models.flism import Matcher, Region, RegionRules
-from fastgoal_models.glit import Box, crop_region, image_tensor, load_image
+from fastgoal_models.pictures import Box, crop_region, image_tensor, load_image
 from fastgoal_models.prepare import prepare
 from fastgoal_models.synthetic import draw, scene
 

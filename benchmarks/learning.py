@@ -37,8 +37,8 @@ from fastgoal_models.caft.scoring import caft_recall, encode
 from fastgoal_models.caft.training import TERMS, CaftTrainConfig
 from fastgoal_models.fast_goal import FastGoalModel
 from fastgoal_models.fast_goal_training import FastGoalTrainConfig
-from fastgoal_models.glit import Box
 from fastgoal_models.localisation import Pointing, pointing_of, points_into
+from fastgoal_models.pictures import Box
 from fastgoal_models.retrieval import Retrieval, feature_recall
 from fastgoal_models.synthetic import (
     Scene,

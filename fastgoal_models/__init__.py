@@ -5,19 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .captions import TokenizedCaption, split_sentences, tokenize_caption
+    from .errors import GlitError
     from .fast_goal import DEMO_CONFIG, FastGoalBatch, FastGoalModel
     from .flism import best_pair, fixed_regions, match_pairs
-    from .glit import (
-        FastGoalDataset,
-        GlitError,
-        GlitRecord,
-        LocalPair,
-        SkipReport,
-        collate,
-        read_glit,
-        write_glit,
-    )
+    from .glit import GlitRecord, LocalPair, read_glit, write_glit
+    from .glit_dataset import FastGoalDataset, collate
     from .positional import stretch_positional_embedding
+    from .skips import SkipReport
 
 __all__ = [
     "DEMO_CONFIG",
@@ -45,19 +39,13 @@ __all__ = [
 # for both before it could say a word, and could not help where one of them is missing.
 _HOMES = {
     "captions": ("TokenizedCaption", "split_sentences", "tokenize_caption"),
+    "errors": ("GlitError",),
     "fast_goal": ("DEMO_CONFIG", "FastGoalBatch", "FastGoalModel"),
     "flism": ("best_pair", "fixed_regions", "match_pairs"),
-    "glit": (
-        "FastGoalDataset",
-        "GlitError",
-        "GlitRecord",
-        "LocalPair",
-        "SkipReport",
-        "collate",
-        "read_glit",
-        "write_glit",
-    ),
+    "glit": ("GlitRecord", "LocalPair", "read_glit", "write_glit"),
+    "glit_dataset": ("FastGoalDataset", "collate"),
     "positional": ("stretch_positional_embedding",),
+    "skips": ("SkipReport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -26,9 +26,10 @@ from PIL import Image
 from torch import nn
 
 from .errors import ConfigError, how_to_install
-from .glit import Box, json_lines
+from .glit import json_lines
 from .hf_checkpoints import read_weights
 from .options import tensors_digest
+from .pictures import Box
 
 LEAST_SCORE = 0.5
 

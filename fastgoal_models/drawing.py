@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import ConfigError
-from .glit import Box, load_image
+from .pictures import Box, load_image
 
 _SIDE = 640
 """Pixels of a drawn photograph's longer side."""

@@ -19,9 +19,9 @@ from .caft.captions import evaluation_parts, merge_published, split_published
 from .caft.data import text_rows
 from .caft.model import Caft
 from .captions import split_sentences
-from .errors import ConfigError
+from .errors import ConfigError, GlitError
 from .fast_goal import FastGoalModel
-from .glit import GlitError, image_tensor, load_image
+from .pictures import image_tensor, load_image
 
 RESIZES = ("own", "squash")
 _BLOCK_BYTES = 1 << 28  # of patches at once; as much as retrieval takes to the device at once

@@ -17,6 +17,10 @@ class ConfigError(UserError, ValueError):
     """An option makes no sense, or can not be used here; the message names it."""
 
 
+class GlitError(UserError, ValueError):
+    """A record, picture or data set that can not be used; the message names it and says why."""
+
+
 def how_to_install(extra: str) -> str:
     """The command that installs an extra of this package, which no registry has."""
     return f"pip install '.[{extra}]' in your clone of FastGOAL"

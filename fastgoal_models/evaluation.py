@@ -28,8 +28,9 @@ from .encoding import (
 )
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
-from .glit import GlitRecord, crop_region, load_image
+from .glit import GlitRecord
 from .maxsim_blocks import best_of_kept, topk_of_blocks
+from .pictures import crop_region, load_image
 from .retrieval import Intervals, Ranks, Retrieval, candidates_needed, feature_ranks, ranks_of_best
 from .sets import CaptionedImage, CaptionSet
 

@@ -218,8 +218,8 @@ class FastGoalModel(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self._visual.image_size):
             raise ValueError(
                 f"{name} must have shape (N, 3, {self.image_size}, {self.image_size}); got "
-                f"{tuple(images.shape)}. Fix: resize them all (fastgoal_models.glit.image_tensor), "
-                "or create the model with another image_size"
+                f"{tuple(images.shape)}. Fix: resize them all, by "
+                "fastgoal_models.pictures.image_tensor, or create the model with another image_size"
             )
 
     def _embed_text(self, texts: Tensor) -> tuple[Tensor, Tensor]:

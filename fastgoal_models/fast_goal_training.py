@@ -15,7 +15,7 @@ from fastgoal_kernels import FastGoalLoss
 
 from .errors import ConfigError
 from .fast_goal import FastGoalBatch, FastGoalModel
-from .glit import collate
+from .glit_dataset import collate
 from .training import TrainConfig
 
 _PUBLISHED: dict[str, Any] = {

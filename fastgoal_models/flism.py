@@ -28,8 +28,10 @@ from .captions import pack_row, sentence_tokens
 from .detectors import Detection, Detector
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
-from .glit import Box, GlitRecord, LocalPair, Unusable, crop_pixels, image_tensor, load_image
+from .glit import GlitRecord, LocalPair
+from .pictures import Box, crop_pixels, image_tensor, load_image
 from .preprocessing import CLIP_NORMALISATION, Normalisation
+from .skips import Unusable
 
 Item = TypeVar("Item")
 

@@ -19,18 +19,12 @@ from PIL import Image
 
 from .caft.data import IMAGE_ENDINGS, json_object
 from .caft.shards import Piece, listed
-from .glit import (
-    GlitError,
-    GlitRecord,
-    SkipReport,
-    Unusable,
-    decode_image,
-    row_fields,
-    row_id,
-    upright_size,
-)
+from .errors import GlitError
+from .glit import GlitRecord, row_fields, row_id
 from .picture_check import PictureCheck
+from .pictures import decode_image, upright_size
 from .shard_names import shard_paths
+from .skips import SkipReport, Unusable
 
 
 @dataclass(frozen=True, kw_only=True)

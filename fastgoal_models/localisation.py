@@ -18,7 +18,8 @@ from .caft.data import text_rows
 from .caft.maps import caft_maps
 from .caft.model import Caft
 from .fast_goal import FastGoalModel
-from .glit import Box, GlitRecord, image_tensor, load_image
+from .glit import GlitRecord
+from .pictures import Box, image_tensor, load_image
 
 
 class Pointing(NamedTuple):

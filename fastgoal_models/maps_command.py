@@ -12,13 +12,14 @@ from rich.markup import escape
 
 from .attention import class_attention, has_class_attention
 from .devices import parse_device
-from .errors import ConfigError, need_file
+from .errors import ConfigError, GlitError, need_file
 from .fast_goal import FastGoalModel
 from .fonts import save_figure
-from .glit import GlitError, GlitRecord, image_tensor, load_image, read_glit
+from .glit import GlitRecord, read_glit
 from .loading import Loaded, load_model
 from .localisation import sentence_maps
 from .map_pictures import ModelMaps, draw_maps, shown_sentences
+from .pictures import image_tensor, load_image
 from .progress import counting
 from .random_weights import warn_of_random_weights
 

@@ -18,9 +18,10 @@ from typing import NamedTuple
 from .caft.data import IMAGE_ENDINGS, json_object
 from .caft.shards import Piece, samples_in
 from .errors import ConfigError
-from .glit import SkipReport, Unusable, json_lines
+from .glit import json_lines
 from .sets import CaptionSet
 from .shard_names import shard_paths
+from .skips import SkipReport, Unusable
 
 
 class TrainingImage(NamedTuple):

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from .atomic_files import write_text_atomically
-from .glit import Unusable
 from .progress import counting
 from .shard_names import shard_paths
+from .skips import Unusable
 
 SKIPPED = "skipped.json"
 """in a run's folder: the records that its data has and that it left out"""

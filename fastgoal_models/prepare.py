@@ -22,20 +22,13 @@ from typing import Any, NamedTuple
 from .atomic_files import write_text_atomically
 from .caft.captions import split_published
 from .captions import token_spans
-from .errors import ConfigError, UserError
+from .errors import ConfigError, GlitError, UserError
 from .flism import Matched, Matcher, Picture
-from .glit import (
-    GlitError,
-    SkipReport,
-    Unusable,
-    hint_at_root,
-    json_lines,
-    load_image,
-    parse_line,
-    to_row,
-)
+from .glit import hint_at_root, json_lines, parse_line, to_row
 from .parts import RUN, part_path, remove_parts
+from .pictures import load_image
 from .preprocessing import CLIP_NORMALISATION
+from .skips import SkipReport, Unusable
 
 PART = 256  # lines
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .drawing import check_ending, new_figure
 from .fonts import save_figure, wrap
-from .glit import load_image
+from .pictures import load_image
 from .search import Hit
 
 _COLUMNS, _SIDE = 4, 2.6  # inches

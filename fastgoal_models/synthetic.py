@@ -26,7 +26,7 @@ from .caft.captions import training_captions
 from .caft.data import CaftBatch, text_rows
 from .captions import pack_row, sentence_tokens
 from .fast_goal import FastGoalBatch
-from .glit import Box, crop_region, image_tensor
+from .pictures import Box, crop_region, image_tensor
 
 COLOURS = {
     "red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 200),

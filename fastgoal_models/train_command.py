@@ -17,7 +17,8 @@ from .fast_goal import FastGoalModel
 from .fast_goal_training import RECIPES, FastGoalTrainConfig
 from .flism import match_pairs
 from .frozen import lock_towers
-from .glit import FastGoalDataset, GlitRecord, SkipReport, read_glit
+from .glit import GlitRecord, read_glit
+from .glit_dataset import FastGoalDataset
 from .glit_shards import ShardRecord, load_from_shard, read_glit_shards
 from .json_output import write_json
 from .loading import LoadedFastGoal, load_fast_goal, noted_architecture
@@ -26,6 +27,7 @@ from .options import records_digest, tensors_digest
 from .picture_check import PictureCheck, lines_in
 from .random_weights import warn_of_random_weights
 from .run_config import Method, check_data, fit_batch
+from .skips import SkipReport
 from .trackers import trackers, watched
 from .train_evaluation import check_evaluation, retrieval_evaluation
 from .train_json import run_document

@@ -25,20 +25,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..captions import split_sentences
-from ..errors import UserError
-from ..glit import (
-    GlitError,
-    SkipReport,
-    Unusable,
-    decode_image,
-    image_tensor,
-    inside,
-    json_lines,
-    load_image,
-    row_id,
-)
+from ..errors import GlitError, UserError
+from ..glit import inside, json_lines, row_id
 from ..picture_check import PictureCheck
+from ..pictures import decode_image, image_tensor, load_image
 from ..shard_names import shard_paths
+from ..skips import SkipReport, Unusable
 from .captions import Merge, merge, merge_published, split_published, training_captions
 
 CAPTION_KEYS = (

@@ -7,8 +7,8 @@ from pathlib import Path
 from ..captions import split_sentences
 from ..drawing import check_ending
 from ..errors import UserError
-from ..glit import image_tensor, load_image
 from ..loading import caft_of
+from ..pictures import image_tensor, load_image
 from ..trained import load_trained
 from .captions import evaluation_parts
 from .data import text_rows

@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..glit import SkipReport, Unusable, decode_image, row_id
+from ..glit import row_id
 from ..picture_check import PictureCheck
+from ..pictures import decode_image
 from ..shard_names import shard_paths
+from ..skips import SkipReport, Unusable
 from .data import IMAGE_ENDINGS, Sentences, Splitting, captions_of, json_object
 
 

@@ -16,10 +16,10 @@ from rich.markup import escape
 
 from ..devices import parse_device
 from ..errors import need_file
-from ..glit import SkipReport
 from ..json_output import write_json
 from ..picture_check import PictureCheck, lines_in
 from ..run_config import Method, check_data, fit_batch
+from ..skips import SkipReport
 from ..trackers import trackers, watched
 from ..train_evaluation import check_evaluation, retrieval_evaluation
 from ..train_json import run_document

@@ -25,7 +25,8 @@ from ..evaluation import caption_set, evaluate_set
 from ..fast_goal import DEMO_CONFIG, FastGoalBatch, FastGoalModel
 from ..fast_goal_training import FastGoalTrainConfig
 from ..flism import match_pairs
-from ..glit import FastGoalDataset, GlitRecord, LocalPair, read_glit, write_glit
+from ..glit import GlitRecord, LocalPair, read_glit, write_glit
+from ..glit_dataset import FastGoalDataset
 from ..options import create_model, records_digest
 from ..progress import StepPrinter
 from ..retrieval import Retrieval

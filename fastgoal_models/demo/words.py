@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..captions import tokenize_caption
 from ..fast_goal import FastGoalModel
-from ..glit import Box, GlitRecord
+from ..glit import GlitRecord
+from ..pictures import Box
 
 
 def word_patch_cosines(

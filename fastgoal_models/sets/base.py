@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..glit import SkipReport, Unusable, inside, json_lines
+from ..glit import inside, json_lines
 from ..retrieval import LONG_TEXT_KS
+from ..skips import SkipReport, Unusable
 
 
 class SetError(UserError, ValueError):

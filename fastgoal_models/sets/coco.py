@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..glit import Unusable
 from ..retrieval import SHORT_TEXT_KS
+from ..skips import Unusable
 from . import karpathy
 from .base import CaptionSet, Layout, Row, first_of, gather, read_rows, require
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..glit import Unusable
+from ..skips import Unusable
 from .base import (
     CaptionSet,
     Layout,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from ..glit import Unusable
+from ..skips import Unusable
 from .base import CaptionSet, Layout, Row, first_of, gather, read_json_lines, require
 
 _SOURCE = "https://google.github.io/docci/#downloads"

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..glit import Unusable, json_lines
+from ..glit import json_lines
 from ..retrieval import SHORT_TEXT_KS
+from ..skips import Unusable
 from . import karpathy
 from .base import CaptionSet, Layout, Row, SetError, first_of, gather, read_rows, require
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..glit import Unusable
+from ..skips import Unusable
 from .base import CaptionSet, Layout, Row, first_of, gather, read_json_lines, require
 
 # The folder of the file, in both spellings that the authors' repository has known; the folder of

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..glit import Unusable
+from ..skips import Unusable
 from .base import CaptionSet, Layout, Row, gather, read_json_lines, require
 
 

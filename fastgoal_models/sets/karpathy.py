@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..glit import Unusable
+from ..skips import Unusable
 from .base import Layout, Row, read_rows
 
 SOURCE = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"

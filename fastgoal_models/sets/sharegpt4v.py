@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..glit import Unusable
+from ..skips import Unusable
 from .base import CaptionSet, Layout, Row, SetError, first_of, gather, require
 
 _SOURCE = (

@@ -25,8 +25,9 @@ from PIL import Image
 
 from ..atomic_files import write_text_atomically
 from ..errors import UserError
-from ..glit import SkipReport, Unusable, decode_image
 from ..parts import RUN, part_path, remove_parts
+from ..pictures import decode_image
+from ..skips import SkipReport, Unusable
 from .samples import Sample, Source
 
 PART = 128  # samples: what is done again at most when a run was killed

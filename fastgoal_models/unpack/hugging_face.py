@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import ConfigError
-from ..glit import SkipReport, Unusable, inside
+from ..glit import inside
+from ..skips import SkipReport, Unusable
 from .folder import UnpackError
 from .samples import Columns, Sample, caption_fields, id_text
 

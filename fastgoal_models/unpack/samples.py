@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ..glit import SkipReport, Unusable, says_something
+from ..glit import says_something
+from ..skips import SkipReport, Unusable
 
 
 class Sample(NamedTuple):

@@ -13,8 +13,8 @@ from typing import Any
 from ..caft.data import IMAGE_ENDINGS, json_object
 from ..caft.shards import Piece, samples_in
 from ..errors import ConfigError
-from ..glit import SkipReport, Unusable
 from ..shard_names import shard_paths
+from ..skips import SkipReport, Unusable
 from .samples import Columns, Sample, caption_fields, id_text
 
 _LOOKED_AT = 64  # samples whose keys are compared with those that are asked for

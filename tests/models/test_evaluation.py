@@ -19,7 +19,7 @@ from fastgoal_models.evaluation import (
     evaluate_set,
     joint_precision,
 )
-from fastgoal_models.glit import crop_region, image_tensor, load_image
+from fastgoal_models.pictures import crop_region, image_tensor, load_image
 from fastgoal_models.retrieval import recall_at_k
 from fastgoal_models.sets import CaptionedImage, CaptionSet
 from fastgoal_models.trained import notes_as_metadata

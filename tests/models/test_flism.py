@@ -19,7 +19,8 @@ from fastgoal_models import (
     match_pairs,
 )
 from fastgoal_models.flism import Matched, Matcher, Picture, RegionRules
-from fastgoal_models.glit import Unusable, load_image
+from fastgoal_models.pictures import load_image
+from fastgoal_models.skips import Unusable
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

@@ -24,7 +24,8 @@ from fastgoal_models import (
     read_glit,
     write_glit,
 )
-from fastgoal_models.glit import Unusable, crop_region, decode_image, image_tensor, load_image
+from fastgoal_models.pictures import crop_region, decode_image, image_tensor, load_image
+from fastgoal_models.skips import Unusable
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=248)
 CAPTION = "A red cat sleeps. It lies on 2.5 blue rugs! The wall is green."

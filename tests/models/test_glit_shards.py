@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from fastgoal_models import FastGoalDataset, FastGoalModel, read_glit, write_glit
 from fastgoal_models.checkpoints import latest_checkpoint, load_checkpoint
 from fastgoal_models.cli import app
-from fastgoal_models.errors import UserError
-from fastgoal_models.glit import GlitError, GlitRecord, LocalPair
+from fastgoal_models.errors import GlitError, UserError
+from fastgoal_models.glit import GlitRecord, LocalPair
 from fastgoal_models.glit_shards import load_from_shard, read_glit_shards
 from tests.models.small_models import CONFIG
 from tests.models.test_training import assert_same_bits

@@ -15,7 +15,7 @@ from fastgoal_models import FastGoalDataset, FastGoalModel, GlitRecord, LocalPai
 from fastgoal_models.checkpoints import load_checkpoint
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.fast_goal_training import FastGoalTrainConfig
-from fastgoal_models.glit import _runs_that_fit
+from fastgoal_models.glit_dataset import _runs_that_fit
 from fastgoal_models.training import train
 
 TOKENIZER = SimpleTokenizer()

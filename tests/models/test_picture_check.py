@@ -12,13 +12,13 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fastgoal_models import glit
+from fastgoal_models import pictures
 from fastgoal_models.caft.data import read_caft
 from fastgoal_models.caft.shards import read_shards
 from fastgoal_models.checkpoints import latest_checkpoint
 from fastgoal_models.cli import app
-from fastgoal_models.glit import Unusable
 from fastgoal_models.picture_check import SKIPPED, PictureCheck, lines_in
+from fastgoal_models.skips import Unusable
 from tests.models.caft.test_train import TINY
 from tests.models.small_models import CONFIG
 
@@ -73,13 +73,13 @@ def test_a_resumed_run_decodes_nothing_and_leaves_out_the_same(folder, monkeypat
     assert "4 records read, 1 skipped" in first and (folder / "run" / SKIPPED).is_file()
     newest = latest_checkpoint(folder / "run" / "checkpoints")
     (newest / "checkpoint.json").unlink()  # as if it had been killed while it saved
-    decoded, read = [], glit._read_image
+    decoded, read = [], pictures._read_image
 
     def reading(file, name, decode):
         decoded.append(decode)
         return read(file, name, decode)
 
-    monkeypatch.setattr(glit, "_read_image", reading)
+    monkeypatch.setattr(pictures, "_read_image", reading)
     again = run(folder, method, data, "--resume")
     assert "4 records read, 1 skipped" in again and "2 of 2 steps done" in again
     assert decoded.count(True) == 2  # the batch of its one step

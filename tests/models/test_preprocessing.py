@@ -18,9 +18,10 @@ from fastgoal_models.cli import app
 from fastgoal_models.encoding import encode_pictures
 from fastgoal_models.errors import ConfigError
 from fastgoal_models.flism import Matcher, RegionRules
-from fastgoal_models.glit import GlitRecord, LocalPair, crop_region, image_tensor, load_image
+from fastgoal_models.glit import GlitRecord, LocalPair
 from fastgoal_models.loading import load_fast_goal, load_model
 from fastgoal_models.localisation import sentence_maps
+from fastgoal_models.pictures import crop_region, image_tensor, load_image
 from fastgoal_models.prepare import prepare
 from fastgoal_models.preprocessing import (
     CLIP_NORMALISATION,

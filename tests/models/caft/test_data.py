@@ -20,7 +20,7 @@ from fastgoal_models.caft.data import (
     shard_samples,
 )
 from fastgoal_models.errors import UserError
-from fastgoal_models.glit import SkipReport
+from fastgoal_models.skips import SkipReport
 
 LONG = "A cat sits. It is black. The sofa is red. A lamp stands behind."
 

@@ -15,7 +15,7 @@ from fastgoal_models.caft.superpixels import (
     superpixels,
 )
 from fastgoal_models.demo.photographs import load_photographs
-from fastgoal_models.glit import image_tensor, load_image
+from fastgoal_models.pictures import image_tensor, load_image
 
 
 def test_the_grid_is_the_cells():
