@@ -18,7 +18,7 @@ that what batches alone bring can be seen.
 
 That all find the same pairs is asserted before anything is timed: ours and the script with our
 pixels to rounding; the script itself to what Pillow's resizing, which rounds to bytes elsewhere,
-makes of the scores. A second row of ours has its towers in bfloat16 (`prepare --bfloat16`), whose
+makes of the scores. A second row of ours has its towers in bfloat16 (`--precision bf16`), whose
 scores are coarser, too: of two regions that are as good to that the other one may be taken. Each
 round runs all ways once, so that a busy machine slows them alike; processor time stands beside the
 clock's, because it suffers least from it. How the time splits up is measured in a run of its own,

@@ -7,7 +7,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-OURS, BFLOAT16 = "fastgoal prepare", "with --bfloat16"
+OURS, BFLOAT16 = "fastgoal prepare", "with --precision bf16"
 SCRIPT, OUR_PIXELS = "one at a time", "one at a time, our pixels"
 TIMED = ("detector", "image_tower", "text_tower")
 STAGES = (*TIMED, "rest")  # of `split_ms`

@@ -203,6 +203,8 @@ def find_devices() -> list[Device]:
 def _cpu() -> Device:
     import torch
 
+    from .devices import has_bfloat16
+
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     pages = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
     return Device(
@@ -212,9 +214,7 @@ def _cpu() -> Device:
         processors=len(affinity(0)) if affinity else os.cpu_count(),
         threads=torch.get_num_threads(),
         vectors=torch.backends.cpu.get_cpu_capability(),
-        # The very question that the torch backend asks before it multiplies in bfloat16.
-        bfloat16=torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        bfloat16=has_bfloat16(torch.device("cpu")),
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .detectors import BoxFile, create_detector
-from .devices import parse_device
+from .devices import bfloat16_by_default, parse_device, warn_of_emulated_bfloat16
 from .errors import ConfigError
 from .flism import Matcher, RegionRules
 from .json_output import write_json
@@ -44,7 +44,7 @@ class PrepareOptions:
     batch_size: int = 64
     device: str | None = None
     bfloat16: bool | None = None
-    """None: where there is a GPU"""
+    """None: on a GPU that has it"""
 
 
 def run_prepare(
@@ -69,6 +69,8 @@ def run_prepare(
         detector = create_detector(options.detector, device, options.least_score, root)
     if loaded.random:
         warn_of_random_weights(console, "which pairs they match is arbitrary")
+    if options.bfloat16:
+        warn_of_emulated_bfloat16(console, device)
     matcher = Matcher(
         model,
         tokenizer=SimpleTokenizer(context_length=min(_CLIP_CONTEXT, model.context_length)),
@@ -76,7 +78,7 @@ def run_prepare(
         rules=options.rules,
         batch_size=options.batch_size,
         device=device,
-        autocast=device.type == "cuda" if options.bfloat16 is None else options.bfloat16,
+        autocast=bfloat16_by_default(device) if options.bfloat16 is None else options.bfloat16,
     )
     bar = counting(console, "images")
     task = bar.add_task("local pairs", total=None)

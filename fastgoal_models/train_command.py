@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from .devices import parse_device
+from .devices import parse_device, warn_of_emulated_bfloat16
 from .errors import ConfigError
 from .fast_goal import FastGoalModel
 from .fast_goal_training import RECIPES, FastGoalTrainConfig
@@ -112,6 +112,8 @@ def run_training(
     console.print(
         f"{len(records)} records, {escape(loaded.name)}, {device}, {precision_name(config, device)}"
     )
+    if config.precision == "bf16":
+        warn_of_emulated_bfloat16(console, device)
     if loaded.random:
         warn_of_random_weights(
             console, "this trains from nothing. --pretrained TAG starts from what is known"

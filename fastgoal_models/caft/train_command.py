@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ..devices import parse_device
+from ..devices import parse_device, warn_of_emulated_bfloat16
 from ..errors import need_file
 from ..json_output import write_json
 from ..picture_check import PictureCheck, lines_in
@@ -107,6 +107,8 @@ def run_caft_training(
         f"{len(records)} samples, {escape(options.model)} from {escape(start)}, "
         f"{options.superpixels} superpixels, {device}, {precision_name(config, device)}"
     )
+    if config.precision == "bf16":
+        warn_of_emulated_bfloat16(console, device)
     if options.superpixels == "sfcn" and options.checkpoint is None:
         console.print(
             "[yellow]The superpixel network's weights are random: its segments are arbitrary. "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import bfloat16_by_default
 from ..errors import ConfigError, UserError
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
@@ -144,9 +145,7 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 def precision_name(config: TrainConfig, device: torch.device) -> str:
     """What the forward pass runs in: "bf16", "fp16" or "float32"."""
     if config.precision == "auto":
-        is_cuda = device.type == "cuda"
-        has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if has_bf16 else "float32"
+        return "bf16" if bfloat16_by_default(device) else "float32"
     return "float32" if config.precision == "fp32" else config.precision
 
 
