@@ -17,6 +17,9 @@ VENV_TRITON36 ?= .venv-triton36
 WORKERS ?= auto
 # Seconds that the installer waits for a slow network.
 export UV_HTTP_TIMEOUT ?= 300
+# Compiled while installing, on all cores: importing PyTorch and open_clip would otherwise compile
+# them, and again in every process of the tests where the environment forbids to keep it.
+export UV_COMPILE_BYTECODE ?= 1
 
 BIN := $(VENV)/bin
 BIN_TRITON36 := $(VENV_TRITON36)/bin
